@@ -1,0 +1,1 @@
+"""Fused operators, imported as `megalite.kernels`. Nothing here imports megalite."""

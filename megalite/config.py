@@ -1,0 +1,154 @@
+"""The configuration: typed sections, and the cross-checks between them. Imports no torch.
+
+Each field's description is its manual: `--help` is generated from this file. How values are read from YAML and the
+command line is in `config_loader.py`; precedence is defaults < YAML < command line.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megalite.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Strict: unknown keys and wrong types are errors, nothing is coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    vocab_size: PositiveInt = Field(32000, description="Token ids that exist; at least the tokenizer's vocabulary.")
+    vocab_multiple: PositiveInt = Field(
+        128, description="The embedding is padded to a multiple of this for fast matmuls; padding is never predicted."
+    )
+    hidden_size: PositiveInt = Field(768, description="Width of the residual stream.")
+    num_layers: PositiveInt = Field(12, description="Number of decoder blocks.")
+    num_heads: PositiveInt = Field(12, description="Number of query heads.")
+    num_kv_heads: PositiveInt | None = Field(None, description="Number of key/value heads (GQA); default: num_heads.")
+    head_dim: PositiveInt | None = Field(None, description="Width of one head; default: hidden_size / num_heads.")
+    intermediate_size: PositiveInt | None = Field(
+        None, description="Width of the SwiGLU MLP; default: 8/3 of hidden_size, rounded up to a multiple of 128."
+    )
+    n_positions: PositiveInt = Field(1024, description="Longest context, in tokens, that the model is built for.")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="Base of the rotary embedding.")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="Epsilon of RMSNorm.")
+    qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys, before RoPE (Qwen3).")
+    tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weight.")
+    init_std: Annotated[float, Field(gt=0)] = Field(
+        0.02, description="Standard deviation of the initial weights; output projections get it / sqrt(2 * num_layers)."
+    )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 128) * 128
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class DataConfig(Section):
+    train_files: list[str] = Field(
+        [], description="Paths or globs to train on: indexed data (PREFIX or PREFIX.bin) or text (.txt, .jsonl)."
+    )
+    eval_files: list[str] = Field([], description="The same for validation; empty: no evaluation.")
+    tokenizer_dir: str = Field("artifacts/tokenizer", description="Folder of the tokenizer (tokenizer.json).")
+    block_size: PositiveInt = Field(1024, description="Tokens in one training sequence; at most model.n_positions.")
+    json_key: str = Field("text", description="The field of a .jsonl line that holds the text.")
+    cache_dir: str = Field(
+        "artifacts/data/cache", description="Where text given as train_files or eval_files is indexed, once."
+    )
+    num_workers: PositiveInt = Field(2, description="Processes that tokenize text into cache_dir.")
+
+
+class TrainingConfig(Section):
+    seed: Annotated[int, Field(ge=0)] = Field(1234, description="Seed of initial weights and of the order of the data.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="Arithmetic of forward and backward; weights and optimizer are fp32. fp16 needs a GPU."
+    )
+    per_device_train_batch_size: PositiveInt = Field(8, description="Sequences in one micro-batch on one device.")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="Micro-batches of one step on one device; default: from global_batch_size, else 1."
+    )
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Sequences in one step over all devices; default: from gradient_accumulation_steps."
+    )
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps to train for.")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Passes over the training data to train for, instead of max_steps."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="Peak learning rate.")
+    min_learning_rate: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Learning rate at the end of the schedule (cosine, linear, wsd)."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="Shape after the warm-up; wsd: constant, then a linear decay over the last decay_steps."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up from 0.")
+    decay_steps: PositiveInt | None = Field(None, description="Length of wsd's decay; default: a tenth of the run.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="AdamW's decay, on matrices only.")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the first moment.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW's decay of the second moment.")
+    adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the global gradient norm; 0: don't.")
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of log(Z)^2 in the training loss (PaLM); evaluation never includes it."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="Recompute in backward: nothing, what is cheap (matmul outputs are kept), or every block."
+    )
+    eval_every: PositiveInt | None = Field(None, description="Evaluate each N steps; always at the end.")
+    eval_batches: PositiveInt | None = Field(
+        None, description="Micro-batches per device in one evaluation; default: the whole validation set, once."
+    )
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="A collective that waits longer for another rank ends the run."
+    )
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = Field(1, description="Tensor-parallel size: ranks that share each layer (1 in this version).")
+    pipeline: PositiveInt = Field(1, description="Pipeline stages (1 in this version).")
+
+
+class CheckpointConfig(Section):
+    output_dir: str = Field("artifacts/checkpoints", description="Folder of the run's checkpoints.")
+    save_every: PositiveInt | None = Field(None, description="Save each N steps; always at the end.")
+    keep_last: PositiveInt = Field(3, description="How many of the newest checkpoints stay.")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from the newest in output_dir, if any; a step-N folder: from that; none: afresh.",
+    )
+
+
+class LoggingConfig(Section):
+    run_dir: str | None = Field(None, description="Folder of metrics.jsonl and TensorBoard; default: runs/CONFIG_NAME.")
+    log_every: PositiveInt = Field(10, description="Print a line each N steps; metrics.jsonl has every step.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files under run_dir.")
+    deepspeed_level: Literal["debug", "info", "warning", "error"] = Field(
+        "error", description="Least severe message of DeepSpeed's own log that is shown."
+    )
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: str = Field(
+        "ds_configs/zero1.json", description="DeepSpeed settings; --zero 0..3 picks ds_configs/zeroN.json."
+    )
