@@ -15,9 +15,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Strict: unknown keys and wrong types are errors, nothing is coerced."""
+    """Strict: unknown keys and wrong types are errors, nothing is coerced; nan and inf are no settings."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -96,7 +96,9 @@ class TrainingConfig(Section):
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="Shape after the warm-up; wsd: constant, then a linear decay over the last decay_steps."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps of linear warm-up from 0; may be longer than a short trial run."
+    )
     decay_steps: PositiveInt | None = Field(None, description="Length of wsd's decay; default: a tenth of the run.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="AdamW's decay, on matrices only.")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the first moment.")
@@ -152,3 +154,129 @@ class Config(Section):
     deepspeed: str = Field(
         "ds_configs/zero1.json", description="DeepSpeed settings; --zero 0..3 picks ds_configs/zeroN.json."
     )
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that cannot train, whatever the number of processes; one line each in a ConfigError."""
+    problems = [
+        *_model_problems(config),
+        *_length_problems(config),
+        *_parallel_problems(config),
+    ]
+    if not config.data.train_files:
+        problems.append("data.train_files: nothing to train on; give --train-files PATH")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_schedule(training: TrainingConfig, max_steps: int) -> None:
+    """Refuse a schedule longer than the run: for max_steps that num_train_epochs and the data's size gave."""
+    problems = _schedule_problems(training, max_steps)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def resolve_batch(config: Config, dp_size: int) -> tuple[int, int]:
+    """The step's (gradient_accumulation_steps, global_batch_size) on dp_size data-parallel ranks."""
+    training = config.training
+    accumulation, global_batch = training.gradient_accumulation_steps, training.global_batch_size
+    micro_batch = training.per_device_train_batch_size
+    unit = micro_batch * dp_size  # sequences in one micro-batch over all ranks
+    if global_batch is None:
+        accumulation = accumulation or 1
+        return accumulation, accumulation * unit
+    if accumulation is not None and global_batch != accumulation * unit:
+        raise ConfigError(
+            f"training.global_batch_size = {global_batch}, but training.per_device_train_batch_size * "
+            f"training.gradient_accumulation_steps * data-parallel size = {micro_batch} * {accumulation} * {dp_size} = "
+            f"{accumulation * unit}; give only one of global_batch_size and gradient_accumulation_steps"
+        )
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        raise ConfigError(
+            f"training.global_batch_size = {global_batch} is not a multiple of training.per_device_train_batch_size * "
+            f"data-parallel size = {micro_batch} * {dp_size} = {unit}; set it to {nearest}, or change "
+            "per_device_train_batch_size"
+        )
+    return global_batch // unit, global_batch
+
+
+def _model_problems(config: Config) -> list[str]:
+    model, data = config.model, config.data
+    problems = []
+    if data.block_size > model.n_positions:
+        problems.append(
+            f"data.block_size = {data.block_size} is longer than model.n_positions = {model.n_positions}, the longest "
+            "context of the model; lower the one or raise the other"
+        )
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        problems.append(
+            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_heads = {model.num_heads}; "
+            "change one of them or set model.head_dim"
+        )
+    elif model.head_size % 2:
+        name = "model.head_dim" if model.head_dim else "model.hidden_size / model.num_heads"
+        problems.append(f"{name} = {model.head_size} is odd, but RoPE rotates pairs of dimensions; make it even")
+    if model.num_heads % model.kv_heads:
+        problems.append(
+            f"model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.kv_heads}, "
+            "but each key/value head serves as many query heads; change one of them"
+        )
+    return problems
+
+
+def _length_problems(config: Config) -> list[str]:
+    training = config.training
+    problems = []
+    steps, epochs = training.max_steps, training.num_train_epochs
+    if steps is None and epochs is None:
+        problems.append("training.max_steps, training.num_train_epochs: neither is set; give --max-steps N")
+    elif steps is not None and epochs is not None:
+        problems.append(
+            f"training.max_steps = {steps} and training.num_train_epochs = {epochs:g} both set the run's length; "
+            "give one, and null for the other"
+        )
+    if training.min_learning_rate > training.learning_rate:
+        problems.append(
+            f"training.min_learning_rate = {training.min_learning_rate:g} is above training.learning_rate = "
+            f"{training.learning_rate:g}, the peak; lower the one or raise the other"
+        )
+    if training.decay_steps is not None and training.lr_schedule != "wsd":
+        problems.append(
+            f"training.decay_steps = {training.decay_steps} has no meaning with training.lr_schedule = "
+            f"{training.lr_schedule}; set lr_schedule to wsd or decay_steps to null"
+        )
+    if steps is not None:
+        problems += _schedule_problems(training, steps)
+    return problems
+
+
+def _schedule_problems(training: TrainingConfig, max_steps: int) -> list[str]:
+    warmup, decay = training.warmup_steps, training.decay_steps
+    # A warm-up longer than the run is no mistake: a trial of a few steps of a real configuration has one.
+    if decay is not None and training.lr_schedule == "wsd" and warmup + decay > max_steps:
+        return [
+            f"training.warmup_steps + training.decay_steps = {warmup} + {decay} is more than training.max_steps = "
+            f"{max_steps}; lower one of the first two or raise max_steps"
+        ]
+    return []
+
+
+def _parallel_problems(config: Config) -> list[str]:
+    model, parallel = config.model, config.parallel
+    problems = [
+        f"parallel.{name} = {size}: this version runs with 1; remove it, or set it to 1"
+        for name, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline))
+        if size > 1
+    ]
+    for name, size in (
+        ("model.num_heads", model.num_heads),
+        ("model.vocab_size padded to model.vocab_multiple", model.padded_vocab_size),
+    ):
+        if size % parallel.tensor:
+            problems.append(
+                f"{name} = {size} is not divisible by parallel.tensor = {parallel.tensor}, "
+                "which gives each rank an equal share; change one of them"
+            )
+    return problems

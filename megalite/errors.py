@@ -9,6 +9,8 @@ class UserError(Exception):
     """Something outside the program is wrong: a file, a disk, an argument. The message is one line."""
 
     exit_code = 1
+    on_every_rank = False
+    """Whether all ranks raise it, so that one of them speaks for all."""
 
 
 class ConfigError(UserError):
@@ -17,12 +19,20 @@ class ConfigError(UserError):
     exit_code = 78  # EX_CONFIG of sysexits.h
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and exit; a `UserError` becomes one line on stderr."""
+def run_main(main: Callable[[], int | None], *, rank: int = 0, local_rank: int = 0) -> NoReturn:
+    """Run a command's `main` and exit; a `UserError` becomes one line on stderr, however many ranks raise it.
+
+    What goes wrong before the ranks have met goes wrong on all processes of a machine, so the first of them speaks.
+    """
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        if rank == 0 or (not error.on_every_rank if met else local_rank == 0):
+            where = f"rank {rank}: " if rank else ""
+            for line in str(error).splitlines():
+                print(f"error: {where}{line}", file=sys.stderr)
+        sys.stderr.flush()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

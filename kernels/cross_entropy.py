@@ -1,0 +1,59 @@
+"""Cross-entropy over a vocabulary that may be split over a process group (Megatron-LM, arXiv:1909.08053, section 3),
+with the z-loss of PaLM (arXiv:2204.02311, section 5)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The loss of each token, in fp32: log Z - logit[target] + z_loss * (log Z)^2; 0 where target is ignore_index.
+
+    logits: [..., v/tp]: rank r of `group` holds the ids from r * v/tp on. targets: [...], global ids -> [...].
+    A logit of -inf has probability and gradient 0.
+    """
+    return _CrossEntropy.apply(logits, targets, group, ignore_index, z_loss)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, group, ignore_index: int, z_loss: float) -> Tensor:
+        split = group is not None and dist.get_world_size(group) > 1
+        local = logits.shape[-1]
+        first = dist.get_rank(group) * local if split else 0
+
+        maximum = logits.detach().amax(-1, keepdim=True).float()
+        if split:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        shifted = logits.float() - maximum  # [..., v/tp]
+        ignored = targets == ignore_index
+        here = (targets >= first) & (targets < first + local) & ~ignored
+        index = torch.where(here, targets - first, 0).unsqueeze(-1)
+        target_logit = shifted.gather(-1, index).squeeze(-1).masked_fill(~here, 0.0)
+        probability = shifted.exp_()
+        sums = torch.stack((probability.sum(-1), target_logit))  # [2, ...]
+        if split:
+            dist.all_reduce(sums, group=group)
+        total, target_logit = sums
+        log_z = total.log() + maximum.squeeze(-1)
+        loss = total.log() - target_logit + z_loss * log_z.square()
+
+        probability.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(probability, index, here, ignored, log_z)
+        ctx.z_loss, ctx.dtype = z_loss, logits.dtype
+        return loss.masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        probability, index, here, ignored, log_z = ctx.saved_tensors
+        upstream = upstream.masked_fill(ignored, 0.0)
+        grad = probability * (upstream * (1.0 + 2.0 * ctx.z_loss * log_z)).unsqueeze(-1)
+        grad.scatter_add_(-1, index, -(upstream * here).unsqueeze(-1))
+        return grad.to(ctx.dtype), None, None, None, None

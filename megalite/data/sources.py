@@ -1,0 +1,87 @@
+"""From `data.train_files` and `data.eval_files` to windows: indexed data as it is, text after tokenizing it once."""
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megalite.data.dataset import WindowDataset
+from megalite.data.indexed import data_prefix
+from megalite.data.tokenize import SUFFIXES, build_indexed, expand_inputs
+from megalite.data.tokenizer import Tokenizer
+from megalite.errors import ConfigError
+
+_GLOB = frozenset("*?[")
+
+
+def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[str]]:
+    """Sort paths and globs into (prefixes of indexed data, text files), each in order and without doubles.
+
+    A pattern names text where its suffix is a text suffix, else indexed data: PREFIX, PREFIX.bin or PREFIX.idx. A glob
+    may match both files of a pair. key: the dotted key to name in the ConfigError for what matches nothing.
+    """
+    prefixes: dict[str, None] = {}
+    texts: list[str] = []
+    for pattern in patterns:
+        if pattern.endswith(SUFFIXES):
+            texts.append(pattern)
+        elif _GLOB.intersection(pattern):
+            matched = sorted(glob.glob(pattern, recursive=True))
+            pairs = [path for path in matched if path.endswith((".bin", ".idx"))]
+            texts += [path for path in matched if path.endswith(SUFFIXES)]
+            if not pairs and not any(path.endswith(SUFFIXES) for path in matched):
+                raise ConfigError(f"{key}: {pattern} matches no .bin, .idx, .txt or .jsonl file")
+            prefixes |= dict.fromkeys(map(data_prefix, pairs))
+        elif not Path(data_prefix(pattern) + ".idx").exists():
+            raise ConfigError(
+                f"{key}: {pattern}: no such indexed data ({data_prefix(pattern)}.idx does not exist);"
+                " build it with tools/preprocess_data.py, or give .txt or .jsonl files"
+            )
+        else:
+            prefixes[data_prefix(pattern)] = None
+    return list(prefixes), expand_inputs(texts) if texts else []
+
+
+def cache_prefix(texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json_key: str) -> str:
+    """Where these texts are indexed: a name that changes with the files, the tokenizer and the key."""
+    digest = hashlib.sha256(f"{tokenizer.sha256} {json_key}".encode())
+    for path in texts:
+        status = Path(path).stat()
+        digest.update(f"\n{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    return f"{cache_dir}/{digest.hexdigest()[:16]}"
+
+
+def index_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json_key: str, workers: int, progress: bool
+) -> None:
+    """Tokenize text files into the cache, unless they are there; on one rank only."""
+    prefix = cache_prefix(texts, tokenizer, cache_dir, json_key)
+    build_indexed(list(texts), tokenizer.folder, prefix, json_key=json_key, workers=workers, progress=progress)
+
+
+def check_tokenizer(dataset: WindowDataset, tokenizer: Tokenizer, key: str) -> None:
+    """Refuse data that was made with another tokenizer, where its manifest tells: its ids would mean other text."""
+    for source in dataset.sources:
+        made_with = (source.manifest or {}).get("tokenizer_sha256", tokenizer.sha256)
+        if made_with != tokenizer.sha256:
+            raise ConfigError(
+                f"{key}: {source.prefix} was made with another tokenizer than data.tokenizer_dir ({tokenizer.folder});"
+                " build it again with tools/preprocess_data.py, or give its --tokenizer-dir"
+            )
+
+
+def unigram_entropy(dataset: WindowDataset, limit: int = 20_000_000) -> float:
+    """Entropy in nats of the token frequencies of (at most `limit` tokens of) a dataset.
+
+    The loss of the best model that ignores context: a trained model is to be well below.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    for source in dataset.sources:
+        found = np.bincount(source.tokens[:limit])
+        size = max(len(counts), len(found))
+        counts = np.pad(counts, (0, size - len(counts))) + np.pad(found, (0, size - len(found)))
+        limit -= min(limit, source.num_tokens)
+    probability = counts[counts > 0] / counts.sum()
+    return float(-(probability * np.log(probability)).sum())

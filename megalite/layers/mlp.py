@@ -1,0 +1,21 @@
+"""The SwiGLU MLP: down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+from torch import Tensor, nn
+
+from megalite import kernels
+from megalite.comms.collectives import Group
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.layers.sharded_init import InitSpec
+
+
+class MLP(nn.Module):
+    """x [s, b, h] -> [s, b, h]."""
+
+    def __init__(self, name: str, hidden_size: int, ffn_size: int, init: InitSpec, output_std: float, group: Group):
+        super().__init__()
+        self.gate_up = ColumnParallelLinear(f"{name}.gate_up", hidden_size, (ffn_size, ffn_size), init, group)
+        self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init, group, output_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [s, b, f/tp] each
+        return self.down(kernels.swiglu(gate, up))

@@ -1,0 +1,78 @@
+"""What a model costs: parameters, FLOPs of a token, bytes of memory. Pure arithmetic on the config; no torch."""
+
+from megalite.config import ModelConfig
+
+# Dense bf16 peak of a device, TFLOP/s, from NVIDIA's data sheets (without sparsity), by a part of its name.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The peak of the first entry above whose name occurs in `device_name`; None where it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Parameters without the padding of the vocabulary; a tied head counts once."""
+    h, d = model.hidden_size, model.head_size
+    attention = h * d * (2 * model.num_heads + 2 * model.kv_heads) + (2 * d if model.qk_norm else 0)
+    block = attention + 3 * h * model.ffn_size + 2 * h
+    embeddings = model.vocab_size * h * (1 if model.tie_embeddings else 2)
+    return model.num_layers * block + embeddings + h
+
+
+def flops_per_token(model: ModelConfig, sequence: int) -> float:
+    """Forward and backward of one token: 6 N + 12 L (n d) s (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the matrix of the head, tied or not, and not the embedding's look-up. Attention counts as if it were not
+    causal, and recomputation does not count: the usual convention of MFU.
+    """
+    look_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    matrices = count_parameters(model) - look_up
+    return 6.0 * matrices + 12.0 * model.num_layers * model.num_heads * model.head_size * sequence
+
+
+def predict_memory(
+    model: ModelConfig,
+    *,
+    zero_stage: int,
+    offload: bool,
+    data_parallel: int,
+    low_precision: bool,
+    micro_batch: int,
+    sequence: int,
+    recompute: str,
+) -> dict[str, float]:
+    """Predicted peak bytes on one device: {"states", "activations", "total"}.
+
+    States: ZeRO (arXiv:1910.02054, section 3), with fp32 gradient accumulation. Activations: what autograd keeps of
+    each block, counted in the layers' own operators, and the fp32 logits of the loss. Allocator slack and
+    communication buckets are not in it.
+    """
+    parameters = count_parameters(model)
+    width = 2 if low_precision and zero_stage > 0 else 4
+    split = [data_parallel if zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    optimizer = 0 if offload else (8 + (4 if zero_stage > 0 else 0)) * parameters / split[0]
+    states = width * parameters / split[2] + 4 * parameters / split[1] + optimizer
+
+    tokens = micro_batch * sequence
+    act = 2 if low_precision else 4
+    h, d, f = model.hidden_size, model.head_size, model.ffn_size
+    heads = model.num_heads * d
+    kv = model.kv_heads * d
+    matmuls = heads + 2 * kv + heads + h + 2 * f + h  # qkv, attention, output, gate_up, down
+    cheap = 2 * h + heads + kv + 2 * f + 2 * h  # norms, RoPE, SwiGLU, residual sums
+    kept = {"none": matmuls + cheap, "selective": matmuls + h, "full": h}[recompute]
+    working = matmuls + cheap if recompute != "none" else 0
+    logits = model.padded_vocab_size * (act + 8)  # the logits, their probabilities and gradient in fp32
+    activations = tokens * (act * (kept * model.num_layers + working) + logits)
+    return {"states": states, "activations": float(activations), "total": states + activations}

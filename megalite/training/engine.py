@@ -1,0 +1,304 @@
+"""DeepSpeed's engine under our own schedule. The only file that imports deepspeed.
+
+DeepSpeed's engine wants to own the forward pass and counts micro-batches itself; we call the model directly and tell it
+which backward is the step's last. That leans on names that are not public, so the version is pinned and
+`tests/dist/test_zero.py` compares every ZeRO stage with plain torch.
+"""
+
+import contextlib
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import Config
+from megalite.data.batch import Batch
+from megalite.errors import ConfigError
+from megalite.topology import Topology
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecation notices of its dependencies, at import
+    import deepspeed
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Root(nn.Module):
+    """What DeepSpeed sees as the model. Its forward does nothing: the schedule calls the stage itself.
+
+    Calling it once a step lets ZeRO-3's fetch trace span the whole schedule instead of one forward.
+    """
+
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self) -> None:
+        return None
+
+
+class Engine:
+    """The model, its optimizer and ZeRO; `stage` is the module that the schedule calls.
+
+    build_stage() makes the model with fp32 parameters that carry `global_name`. ds_config: the user's DeepSpeed
+    settings; what MegaLite decides is added here. Raises ConfigError where precision and ZeRO do not go together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ds_config: dict,
+        topology: Topology,
+        build_stage: Callable[[], nn.Module],
+        accumulation: int,
+    ):
+        training = config.training
+        zero = ds_config.get("zero_optimization", {})
+        self.zero_stage = zero.get("stage", 0)
+        self.offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self.device, self.data_parallel = topology.device, topology.grid.data
+        self.data_rank, self.accumulation = topology.data_rank, accumulation
+        self.dtype = DTYPES[training.precision]
+        self.max_grad_norm = training.max_grad_norm
+        check_precision(training.precision, self.zero_stage, self.device.type)
+        _prepare(topology, config.logging.deepspeed_level)
+
+        settings = {
+            **ds_config,
+            "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": training.max_grad_norm if self.zero_stage else 0.0,  # stage 0: see step()
+            "steps_per_print": 2**62,
+            "zero_allow_untested_optimizer": True,
+            # A torch optimizer object and no JIT-compiled DeepSpeedCPUAdam, which needs a compiler on every machine.
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if self.zero_stage and training.precision == "bf16":
+            settings["bf16"] = {"enabled": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        elif training.precision == "fp16":
+            settings["fp16"] = {"enabled": True}  # loss_scale 0, the default, is dynamic
+
+        if self.zero_stage == 3:
+            # Each layer's parameters are partitioned as soon as it is built: no rank ever holds the whole model.
+            with deepspeed.zero.Init(
+                data_parallel_group=topology.data_group, config_dict_or_path=settings, mpu=topology
+            ):
+                stage = build_stage()
+        else:
+            stage = build_stage().to(self.device)
+        self.stage = stage
+        root = _Root(stage)
+        self.parameters = {p.global_name: p for p in root.parameters()}
+        for parameter in self.parameters.values():
+            # Whether this rank counts the parameter in the global norm. A tensor-parallel slice is counted by each
+            # rank, a replica only by the first. (Megatron's usual marks count replicas wrongly here.)
+            parameter.model_parallel = parameter.tp_dim is not None or topology.tensor_rank == 0
+
+        optimizer = torch.optim.AdamW(
+            decay_groups(self.parameters, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_eps,
+            fused=True,
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=root, optimizer=optimizer, config=settings, mpu=topology
+        )
+        # ZeRO's optimizers wrap ours; at stage 0 DeepSpeed keeps ours as it is.
+        self.is_zero = hasattr(self.optimizer, "clear_backward_seen_flag")
+        self.adam = self.optimizer.optimizer if self.is_zero else self.optimizer
+
+    # One training step: begin_step, then backward per micro-batch, then step.
+
+    def begin_step(self) -> None:
+        self.engine.train()
+        self.engine.module()
+        if self.zero_stage == 3:
+            # Without this a parameter whose first backward is not the step's first adds to last step's gradient.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+            self.optimizer.micro_step_id = 1
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of a micro-batch.
+
+        bf16 at ZeRO-0 is an fp32 engine under autocast: DeepSpeed's stage-0 bf16 has no fp32 accumulation.
+        """
+        autocast = self.zero_stage == 0 and self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
+            return self.stage(batch.tokens, batch.positions, batch.labels, batch.loss_mask)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Differentiate a scalar; gradients are averaged over the data-parallel ranks after the last one."""
+        if self.is_zero:
+            self.optimizer.clear_backward_seen_flag()
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        if self.is_zero:
+            self.engine._backward_prologue()
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> tuple[float, bool]:
+        """Clip, update and clear the gradients; returns (their global norm before clipping, whether it was applied).
+
+        With fp16 a step whose gradients overflow is skipped while the loss scale falls: (nan, False).
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self.zero_stage == 0:
+            # DeepSpeed clips here but does not tell the norm; one computation gives both.
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.model_parallel]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+        self.engine.step()
+        if getattr(self.optimizer, "overflow", False):
+            return math.nan, False
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return float(norm), True
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """`forward` in evaluation mode."""
+        self.engine.eval()
+        self.engine.module()
+        try:
+            yield
+        finally:
+            self.engine.train()
+
+    # State by global name, for checkpoints that belong to no layout.
+
+    def gather_state(self, name: str) -> dict[str, Tensor]:
+        """The full fp32 weight and moments of a parameter: {"weight", "exp_avg", "exp_avg_sq"}.
+
+        Collective over the data-parallel group. Only after the first step: before it there are no moments.
+        """
+        parameter = self.parameters[name]
+        if self.zero_stage == 0:
+            state = self.adam.state[parameter]
+            return {"weight": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+        tensors = {"weight": safe_get_full_fp32_param(parameter)}
+        tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        shape = parameter.ds_shape if self.zero_stage == 3 else parameter.shape
+        return {key: tensor.detach().view(shape) for key, tensor in tensors.items()}
+
+    def begin_gather(self) -> None:
+        """Before a series of `gather_state`: let ZeRO-1 and 2 find the moments of every parameter group.
+
+        They link them when the first group has stepped, which misses the later groups.
+        """
+        if self.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def begin_load(self, step: int) -> None:
+        """Before a series of `load_state`: make the moments, which do not exist before the first step."""
+        masters = self._flat_masters() if self.zero_stage else list(self.parameters.values())
+        for flat in masters:
+            self.adam.state[flat] = {
+                "step": torch.tensor(float(step), device=flat.device),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        self.begin_gather()
+
+    def load_state(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `gather_state`, with full tensors on every rank."""
+        parameter = self.parameters[name]
+        if self.zero_stage == 0:
+            parameter.data.copy_(tensors["weight"])
+            for key in MOMENTS:
+                self.adam.state[parameter][key].copy_(tensors[key])
+        elif self.zero_stage in (1, 2):
+            safe_set_full_fp32_param(parameter, tensors["weight"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors[key], key)
+        else:
+            # safe_set_full_* fails on partitions with padding; a zero-padded slice is what each rank holds.
+            size = parameter.ds_tensor.ds_numel
+            for key, tensor in tensors.items():
+                padded = torch.zeros(size * self.data_parallel)
+                padded[: tensor.numel()] = tensor.flatten()
+                local = padded[self.data_rank * size : (self.data_rank + 1) * size]
+                if key == "weight":
+                    safe_set_local_fp32_param(parameter, local)
+                else:
+                    safe_set_local_optimizer_state(parameter, local, key)
+
+    def end_load(self) -> None:
+        """After a series of `load_state`: refresh the weights that forward uses from the fp32 masters."""
+        if self.zero_stage == 3:
+            for group in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        elif self.zero_stage:
+            self.optimizer.update_lp_params()
+
+    def _flat_masters(self) -> list[Tensor]:
+        """ZeRO's own fp32 tensors, which are what Adam has its state for."""
+        names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+        return next(getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name))
+
+    def loss_scale_state(self) -> dict | None:
+        """fp16's dynamic loss scale, which a resumed run needs; None in other precisions."""
+        if self.dtype != torch.float16:
+            return None
+        scaler = self.optimizer.loss_scaler
+        return {key: getattr(scaler, key) for key in _LOSS_SCALER_FIELDS}
+
+    def load_loss_scale_state(self, state: dict | None) -> None:
+        if self.dtype == torch.float16 and state:
+            for key in _LOSS_SCALER_FIELDS:
+                setattr(self.optimizer.loss_scaler, key, state[key])
+
+
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def check_precision(precision: str, zero_stage: int, device: str) -> None:
+    if precision == "fp16" and device == "cpu":
+        raise ConfigError("training.precision: fp16 needs a GPU; use fp32 or bf16 here")
+    if precision == "fp16" and zero_stage == 0:
+        raise ConfigError("training.precision: fp16 needs ZeRO 1 to 3, whose optimizers scale the loss; add --zero 1")
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """AdamW's groups: matrices decay, vectors (norms) do not. `global_shape`, as ZeRO-3 leaves an empty shape."""
+    matrices = [p for p in parameters.values() if len(p.global_shape) >= 2]
+    vectors = [p for p in parameters.values() if len(p.global_shape) < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _prepare(topology: Topology, log_level: str) -> None:
+    """Process-wide adjustments to DeepSpeed, before its engine is made."""
+    # On CPU its shared-memory collective is JIT-compiled for 40 s, and only inference uses it.
+    # (By sys.modules, since `deepspeed.comm.torch` as an attribute is the real torch.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.utils.logging.logger.setLevel(getattr(logging, log_level.upper()))
+    warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*reduce_scatter_tensor.*")
+
+    def assert_same_in_stage(values: list[int]) -> None:
+        gathered: list = [None] * topology.grid.data
+        torch.distributed.all_gather_object(gathered, list(values), group=topology.data_group)
+        if any(other != gathered[0] for other in gathered):
+            raise RuntimeError(f"ranks of one data-parallel group disagree: {gathered}")
+
+    # DeepSpeed compares with world rank 0, which hangs when stages hold different layers.
+    for module in (partitioned_param_coordinator, stage3, partition_parameters):
+        module.assert_ints_same_as_other_ranks = assert_same_in_stage
+    deepspeed.init_distributed(verbose=False)

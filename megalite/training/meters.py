@@ -1,0 +1,133 @@
+"""What a run tells: a progress bar on a terminal or plain lines in a log, metrics.jsonl, TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from megalite.data.indexed import atomic_write
+from megalite.errors import UserError
+
+
+class Meters:
+    """Only rank 0 writes; on other ranks every method does nothing.
+
+    resumed_step: the step that the run goes on from; what an earlier try logged beyond it is dropped, so metrics.jsonl
+    holds each step once.
+    """
+
+    def __init__(
+        self, run_dir: Path, rank: int, *, max_steps: int, resumed_step: int, log_every: int, tensorboard: bool
+    ):
+        self.active = rank == 0
+        self.log_every, self.max_steps, self.done = log_every, max_steps, resumed_step
+        self._bar = self._tensorboard = None
+        if not self.active:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            path = run_dir / "metrics.jsonl"
+            _drop_after(path, resumed_step)
+            self._metrics = open(path, "a")  # noqa: SIM115  lives as long as the run
+            self._log = open(run_dir / "train.log", "a")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {run_dir}: {error.strerror}; choose another --run-dir") from error
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=max_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+        self._started = time.monotonic()
+        self._started_at = resumed_step
+
+    def print(self, text: str) -> None:
+        """A line for the reader: above the bar on a terminal, and in train.log."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One step's metrics: a line of metrics.jsonl, TensorBoard scalars, and now and then a line or the bar."""
+        if not self.active:
+            return
+        step = self.done = values["step"]
+        try:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._metrics.name}: {error.strerror}") from error
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, step)
+        line = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update(1)
+        if step % self.log_every == 0 or step == self.max_steps or self.done == self._started_at + 1:
+            text = f"step {step}/{self.max_steps}  {line}  grad norm {_short(values['grad_norm'])}"
+            if self._bar is None:
+                print(f"{text}  {self._time_left()} left", flush=True)
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def _time_left(self) -> str:
+        """Of the whole run, evaluation and saving included."""
+        each = (time.monotonic() - self._started) / max(1, self.done - self._started_at)
+        return clock(each * (self.max_steps - self.done))
+
+    def close(self) -> None:
+        if self.active:
+            if self._bar is not None:
+                self._bar.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._metrics.close()
+            self._log.close()
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if b"".join(kept) != path.read_bytes():
+        atomic_write(path, kept)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes of tensors on a GPU; on CPU this process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process(os.getpid()).memory_info().rss

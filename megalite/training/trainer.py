@@ -1,0 +1,156 @@
+"""The training loop: one visible step function, evaluation, saving."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.data.dataset import WindowDataset
+from megalite.data.loader import TrainLoader, eval_batches
+from megalite.errors import ConfigError
+from megalite.model.flops import flops_per_token, peak_tflops
+from megalite.pipeline.executor import run_evaluation, run_schedule
+from megalite.pipeline.schedules import one_stage
+from megalite.topology import Topology
+from megalite.training import checkpoint
+from megalite.training.engine import Engine
+from megalite.training.lr_schedule import learning_rate_at
+from megalite.training.meters import Meters, memory_bytes
+
+
+class Trainer:
+    """Takes an engine from the step that `resume` finds to `max_steps`."""
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        engine: Engine,
+        loader: TrainLoader,
+        eval_dataset: WindowDataset | None,
+        max_steps: int,
+    ):
+        self.config, self.topology, self.engine = config, topology, engine
+        self.loader, self.eval_dataset, self.max_steps = loader, eval_dataset, max_steps
+        self.schedule = one_stage(loader.accumulation)
+        self.step = 0
+        self.tokens = 0
+        self.output_dir = Path(config.checkpoint.output_dir)
+        self.flops_per_token = flops_per_token(config.model, config.data.block_size)
+        on_gpu = topology.device.type == "cuda"
+        self.peak = peak_tflops(torch.cuda.get_device_name(topology.device)) if on_gpu else None
+        self.meters: Meters
+
+    def resume(self, found: checkpoint.Checkpoint | None) -> None:
+        """Go on from a checkpoint: weights, optimizer, position in the data, counters."""
+        if found is None:
+            return
+        checkpoint.load(found, self.engine, self.topology)
+        self.topology.together(self.loader.load_state_dict, found.state["data"])
+        self.step, self.tokens = found.state["step"], found.state["tokens"]
+
+    def fit(self, meters: Meters) -> dict[str, float | None]:
+        """Train to max_steps; returns {"loss", "eval_loss"} at the end (loss None if no step was left to do)."""
+        self.meters = meters
+        training, save_every = self.config.training, self.config.checkpoint.save_every
+        record: dict = {}
+        if self.step >= self.max_steps:
+            meters.print(f"Training was finished at step {self.step}; raise --max-steps to go on.")
+            return {"loss": None, "eval_loss": self.evaluate()}
+        while self.step < self.max_steps:
+            record = self.train_step()
+            last = self.step == self.max_steps
+            if last or (training.eval_every and self.step % training.eval_every == 0):
+                record["eval_loss"] = self.evaluate()
+                if record["eval_loss"] is not None:
+                    meters.print(
+                        f"step {self.step}  validation loss {record['eval_loss']:.4f}"
+                        f"  perplexity {math.exp(record['eval_loss']):.2f}"
+                    )
+            meters.record(record)
+            if last or (save_every and self.step % save_every == 0):
+                self.save()
+        return {"loss": record["loss"], "eval_loss": record["eval_loss"]}
+
+    def train_step(self) -> dict:
+        """One optimizer step over the global batch; returns its metrics."""
+        started = time.perf_counter()
+        batches = [batch.to(self.topology.device, non_blocking=True) for batch in self.loader.next_step()]
+        # Divided by the valid tokens of the global batch, the loss is the same in every layout. DeepSpeed averages
+        # gradients over the data-parallel ranks, which the factor undoes.
+        valid = self._sum_over_data(torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()).item()
+        scale = self.topology.grid.data / max(valid, 1.0)
+
+        self.engine.begin_step()
+        loss_sum = run_schedule(
+            self.schedule,
+            self.engine.forward,
+            batches,
+            lambda loss, is_last: self.engine.backward(loss * scale, is_last),
+        )
+        loss = self._sum_over_data(loss_sum).item() / max(valid, 1.0)
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"the loss is {loss} at step {self.step + 1}: lower training.learning_rate or lengthen"
+                " training.warmup_steps; the last checkpoint is untouched"
+            )
+        learning_rate = learning_rate_at(self.step + 1, self.config.training, self.max_steps)
+        grad_norm, applied = self.engine.step(learning_rate)
+
+        self.step += 1
+        tokens = self.loader.global_batch * self.config.data.block_size
+        self.tokens += tokens
+        seconds = time.perf_counter() - started
+        tflops = self.flops_per_token * tokens / seconds / 1e12 / self.topology.world_size
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": grad_norm if applied else None,
+            "learning_rate": learning_rate,
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / seconds,
+            "tflops": tflops,
+            "mfu": tflops / self.peak if self.peak else None,
+            "memory_bytes": memory_bytes(self.topology.device),
+            "step_seconds": seconds,
+            "skipped": not applied,
+        }
+
+    def evaluate(self) -> float | None:
+        """Mean loss of a token of the validation set, in nats; None where there is none."""
+        if self.eval_dataset is None:
+            return None
+        training = self.config.training
+        batches = eval_batches(
+            self.eval_dataset,
+            training.per_device_train_batch_size,
+            self.topology.data_rank,
+            self.topology.grid.data,
+            training.eval_batches,
+        )
+        with self.engine.evaluation():
+            total, valid = run_evaluation(self.engine.forward, (batch.to(self.topology.device) for batch in batches))
+        total, valid = self._sum_over_data(
+            torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device)
+        )
+        return (total / valid).item()
+
+    def save(self) -> None:
+        started = time.perf_counter()
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "data": self.loader.state_dict(),
+            "loss_scale": self.engine.loss_scale_state(),
+        }
+        folder = checkpoint.save(self.output_dir, self.step, self.engine, self.topology, state, self.config)
+        self.meters.print(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
+
+    def _sum_over_data(self, value: Tensor) -> Tensor:
+        """The sum over the data-parallel ranks of a tensor on the device."""
+        dist.all_reduce(value, group=self.topology.data_group)
+        return value

@@ -1,0 +1,417 @@
+"""From text to token files: documents, order, splits, bad input, failures half-way."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megalite.data import tokenize
+from megalite.data.indexed import IndexedDataset
+from megalite.data.tokenize import Split, build_indexed, expand_inputs
+from megalite.data.tokenizer import EOD, Tokenizer, train_tokenizer
+from megalite.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "<|endoftext|>",
+    "naïve",
+    "日本語",
+    "👩\u200d👧",
+    "\t\r\n\n",
+    "",
+    "don't\x00",
+    "é",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.txt").write_text(" ".join(WORDS) * 20, encoding="utf-8")
+    train_tokenizer([str(folder / "a.txt")], 300, folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_jsonl(path, texts):
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def random_documents(count, seed):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(0, 80))) for _ in range(count)]
+
+
+def documents_of(prefix):
+    data = IndexedDataset(prefix)
+    ends = data.sequence_lengths.cumsum().tolist()
+    assert data.document_starts.tolist() == list(range(len(ends) + 1))
+    starts = [0, *ends[:-1]] if ends else []
+    return [data.tokens[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+
+
+def build(tokenizer_dir, inputs, prefix="out/x", **options):
+    return build_indexed(inputs, tokenizer_dir, prefix, **{"workers": 1, "progress": False} | options)
+
+
+def files_in(folder="out"):
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+PAIR = ["x.bin", "x.idx", "x.manifest.json"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_read_back_is_the_tokenizer_output(tokenizer_dir, seed, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 2000)
+    first, second = random_documents(120, seed), random_documents(50, seed + 100)
+    write_jsonl("a.jsonl", first)
+    write_jsonl("b.jsonl", second)
+    summary = build(tokenizer_dir, ["*.jsonl"])
+    tokenizer = Tokenizer(tokenizer_dir)
+    expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in first + second if text]
+    assert documents_of("out/x") == expected
+    assert [tokenizer.decode(ids[:-1]) for ids in expected] == [text for text in first + second if text]
+    assert summary[0].documents == len(expected)
+    assert summary[0].empty_documents == (first + second).count("")
+    assert summary[0].tokens == sum(map(len, expected))
+    assert summary[0].text_bytes == sum(len(text.encode()) for text in first + second)
+
+
+def test_without_eod(tokenizer_dir):
+    write_jsonl("a.jsonl", ["the quick", "fox"])
+    build(tokenizer_dir, ["a.jsonl"], append_eod=False)
+    assert documents_of("out/x") == Tokenizer(tokenizer_dir).encode_batch(["the quick", "fox"])
+
+
+def test_bytes_do_not_depend_on_workers(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 3000)
+    write_jsonl("a.jsonl", random_documents(300, 1))
+    Path("b.txt").write_text("\n".join(random_documents(20, 2)), newline="")
+    inputs = ["a.jsonl", "b.txt"]
+    for workers in (1, 3):
+        build(tokenizer_dir, inputs, f"w{workers}/x", workers=workers, split="90,10")
+    names = files_in("w1")
+    assert len(names) == 6
+    assert names == files_in("w3")
+    for name in names:
+        assert Path("w1", name).read_bytes() == Path("w3", name).read_bytes()
+
+
+def test_manifest_says_what_it_was_made_of(tokenizer_dir):
+    Path("a.jsonl").write_text('\n{"body": "the fox"}\n  \n{"body": ""}\n{"body": "é", "text": 3}')
+    summary = build(tokenizer_dir, ["a.jsonl"], json_key="body")[0]
+    manifest = json.loads(Path("out/x.manifest.json").read_text())
+
+    def sha256(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    assert manifest == {
+        "version": 1,
+        "tokenizer_sha256": sha256(Path(tokenizer_dir, "tokenizer.json")),
+        "vocab_size": 300,
+        "dtype": "uint16",
+        "eod_id": 0,
+        "append_eod": True,
+        "options": {"json_key": "body", "split_on": "none", "split": None, "part": 0, "seed": 1234},
+        "inputs": [{"path": "a.jsonl", "bytes": os.path.getsize("a.jsonl"), "sha256": sha256("a.jsonl")}],
+        "documents": 2,
+        "tokens": summary.tokens,
+        "text_bytes": 9,
+        "empty_documents": 1,
+        "blank_lines": 2,
+        "bin_sha256": sha256("out/x.bin"),
+        "idx_sha256": sha256("out/x.idx"),
+    }
+    assert IndexedDataset("out/x").manifest == manifest
+
+
+@pytest.mark.parametrize(
+    ("split_on", "expected"),
+    [
+        ("none", ["\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour"]),
+        ("line", ["one", "two", "three  ", "four"]),
+        ("blank", ["one\r\ntwo", "three  ", "four"]),
+    ],
+)
+def test_documents_of_a_txt(tokenizer_dir, split_on, expected):
+    Path("a.txt").write_bytes(b"\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour")
+    Path("b.txt").write_text("")
+    Path("c.txt").write_text("\n\nend\n")
+    build(tokenizer_dir, ["a.txt", "b.txt", "c.txt"], split_on=split_on)
+    tokenizer = Tokenizer(tokenizer_dir)
+    found = [tokenizer.decode(ids[:-1]) for ids in documents_of("out/x")]
+    assert found == [*expected, "\n\nend\n" if split_on == "none" else "end"]
+
+
+def test_byte_order_mark_of_a_jsonl_is_no_error(tokenizer_dir):
+    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fox"}\r\n')
+    build(tokenizer_dir, ["a.jsonl"])
+    assert documents_of("out/x") == [[*Tokenizer(tokenizer_dir).encode("fox"), 0]]
+
+
+def test_forged_end_of_document_stays_text(tokenizer_dir):
+    write_jsonl("a.jsonl", [f"fox{EOD}", EOD])
+    build(tokenizer_dir, ["a.jsonl"])
+    assert [ids.index(0) == len(ids) - 1 and len(ids) > 1 for ids in documents_of("out/x")] == [True, True]
+
+
+def test_inputs_are_expanded_in_order_and_once():
+    for name in ("b2.txt", "b1.txt", "a.txt", "[x].txt", "c.TXT"):
+        Path(name).write_text("x")
+    os.symlink("a.txt", "link.txt")
+    assert expand_inputs(["b*.txt", "a.txt", "./b1.txt", "link.txt", "[x].txt", "c.TXT"]) == [
+        "b1.txt",
+        "b2.txt",
+        "a.txt",
+        "[x].txt",
+        "c.TXT",
+    ]
+
+
+@pytest.mark.parametrize(("text", "share"), [("98,2", 0.02), ("1,1", 0.5), ("0.3, 0.7", 0.7), ("999,1", 0.001)])
+def test_split_keeps_its_shares_for_any_number_of_documents(text, share):
+    chosen = [Split(text, seed=3)(number) for number in range(5000)]
+    running = 0
+    for count, part in enumerate(chosen, 1):
+        running += part
+        assert abs(running - count * share) <= 1
+    assert chosen != [Split(text, seed=4)(number) for number in range(5000)]
+    assert chosen == [Split(text, seed=3)(number) for number in range(5000)]
+
+
+def test_split_sends_each_document_to_one_side(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 100)
+    texts = [f"fox {number}" for number in range(200)]
+    write_jsonl("a.jsonl", texts)
+    summaries = build(tokenizer_dir, ["a.jsonl"], split="95,5")
+    assert [each.prefix for each in summaries] == ["out/x-train", "out/x-validation"]
+    tokenizer = Tokenizer(tokenizer_dir)
+    sides = [[tokenizer.decode(ids[:-1]) for ids in documents_of(each.prefix)] for each in summaries]
+    assert [len(side) for side in sides] == [190, 10]
+    assert sorted(sides[0] + sides[1]) == sorted(texts)
+    assert [text for text in texts if text in sides[0]] == sides[0]
+
+
+def test_a_side_without_a_document_is_refused(tokenizer_dir):
+    write_jsonl("a.jsonl", ["fox"])
+    with pytest.raises(UserError, match=r"leaves out/x-(train|validation) without a document, of 1"):
+        build(tokenizer_dir, ["a.jsonl"], split="1,1")
+    assert files_in() == []
+    write_jsonl("a.jsonl", ["fox", "quick"])
+    assert [each.documents for each in build(tokenizer_dir, ["a.jsonl"], split="1,1")] == [1, 1]
+
+
+GOOD = '{"text": "fox"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + '{"text": "fox"\n', "a.jsonl:2: broken JSON"),
+        (GOOD + "\n" + '["fox"]\n', "a.jsonl:3: not a JSON object"),
+        (GOOD + '{"body": "fox"}\n', "a.jsonl:2: no key \"text\" (its keys: 'body')"),
+        (GOOD + '{"text": null}\n', 'a.jsonl:2: the value of "text" is not a string but NoneType'),
+        (GOOD + '{"text": "\\ud800"}\n', "a.jsonl:2: a lone surrogate"),
+        (GOOD.encode() + b'{"text": "\xff"}\n', "a.jsonl:2: invalid UTF-8"),
+        ("[" * 100_000, "a.jsonl:1: broken JSON"),
+        ("\0", "a.jsonl:1: broken JSON"),
+        ("", "no text in 1 input file(s)"),
+        ('\n{"text": ""}\n', "no text in 1 input file(s)"),
+    ],
+)
+def test_bad_documents(tokenizer_dir, content, message):
+    Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        build(tokenizer_dir, ["a.jsonl"])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert files_in() == []
+
+
+def test_the_first_bad_document_is_named_for_any_number_of_workers(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 1)
+    Path("a.jsonl").write_text(GOOD * 30 + "{\n" + GOOD + "[\n" + GOOD * 30)
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"a\.jsonl:31: broken JSON"):
+            build(tokenizer_dir, ["a.jsonl"], workers=workers)
+        assert files_in() == []
+
+
+@pytest.mark.parametrize("split_on", ["none", "line", "blank"])
+def test_bad_text_has_its_line(tokenizer_dir, split_on):
+    Path("a.txt").write_bytes(b"one\n\ntwo\ncaf\xe9\nfour\n")
+    with pytest.raises(UserError, match=r"a\.txt:4: invalid UTF-8"):
+        build(tokenizer_dir, ["a.txt"], split_on=split_on)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": []}, "no input files"),
+        ({"inputs": [""]}, "no such file"),
+        ({"inputs": ["missing.jsonl"]}, "no such file"),
+        ({"inputs": ["*.parquet"]}, "no file matches"),
+        ({"inputs": ["sub"]}, "is a directory"),
+        ({"inputs": ["a.csv"]}, "is none of .jsonl, .txt"),
+        ({"inputs": ["pipe.txt"]}, "not a regular file"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"split_on": "page"}, "split_on"),
+        ({"split": "98"}, "two positive numbers"),
+        ({"split": "98,0"}, "two positive numbers"),
+        ({"split": "a,b"}, "two positive numbers"),
+        ({"split": "1/0,1"}, "two positive numbers"),
+        ({"split": "1,2,3"}, "two positive numbers"),
+        ({"split": "nan,inf"}, "two positive numbers"),
+        ({"tokenizer_dir": "nowhere"}, "nowhere/tokenizer.json"),
+        ({"prefix": "a.jsonl/x"}, "cannot write a.jsonl/x"),
+    ],
+)
+def test_bad_arguments(tokenizer_dir, options, message):
+    write_jsonl("a.jsonl", ["fox"])
+    Path("a.csv").write_text("x")
+    os.mkdir("sub")
+    os.mkfifo("pipe.txt")
+    with pytest.raises(UserError) as caught:
+        build(**{"tokenizer_dir": tokenizer_dir, "inputs": ["a.jsonl"]} | options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert files_in() == []
+
+
+def test_what_exists_is_kept_unless_it_is_the_same_or_may_go(tokenizer_dir):
+    write_jsonl("a.jsonl", ["fox", "quick"])
+    first = build(tokenizer_dir, ["a.jsonl"])
+    before = {name: (Path("out", name).read_bytes(), os.stat(f"out/{name}").st_mtime_ns) for name in PAIR}
+    again = build(tokenizer_dir, ["a.jsonl"])
+    assert [each.up_to_date for each in first + again] == [False, True]
+    assert (again[0].tokens, again[0].documents) == (first[0].tokens, first[0].documents)
+    for change in ({"json_key": "body"}, {"append_eod": False}, {"split_on": "line"}):
+        with pytest.raises(UserError, match="--overwrite"):
+            build(tokenizer_dir, ["a.jsonl"], **change)
+    write_jsonl("a.jsonl", ["fox", "brown"])  # the same size
+    with pytest.raises(UserError, match="--overwrite"):
+        build(tokenizer_dir, ["a.jsonl"])
+    assert before == {name: (Path("out", name).read_bytes(), os.stat(f"out/{name}").st_mtime_ns) for name in PAIR}
+    assert not build(tokenizer_dir, ["a.jsonl"], overwrite=True)[0].up_to_date
+    assert Path("out/x.bin").read_bytes() != before["x.bin"][0]
+    os.remove("out/x.manifest.json")
+    with pytest.raises(UserError, match="--overwrite"):
+        build(tokenizer_dir, ["a.jsonl"])
+
+
+@pytest.mark.parametrize("stage", ["documents", "index"])
+def test_a_full_disk_leaves_what_was_there(tokenizer_dir, monkeypatch, stage):
+    write_jsonl("a.jsonl", ["fox"])
+    build(tokenizer_dir, ["a.jsonl"])
+    before = [Path("out", name).read_bytes() for name in PAIR]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if stage == "documents":
+        monkeypatch.setattr("megalite.data.indexed.PairWriter.write", full)
+    else:
+        monkeypatch.setattr("megalite.data.indexed.stage_file", full)
+    with pytest.raises(UserError, match=r"cannot write out/x: No space left on device"):
+        build(tokenizer_dir, ["a.jsonl"], overwrite=True)
+    assert files_in() == PAIR
+    assert before == [Path("out", name).read_bytes() for name in PAIR]
+
+
+def test_a_killed_worker_ends_the_run(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 1)  # thousands of batches: still at work when it is hit
+    write_jsonl("a.jsonl", ["fox " * 50] * 20_000)
+
+    def kill_one():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(children[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(UserError, match="a worker process died"):
+        build(tokenizer_dir, ["a.jsonl"], workers=2)
+    killer.join()
+    assert files_in() == []
+
+
+def tool(*arguments, **options):
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_command_line(tokenizer_dir):
+    write_jsonl("a.jsonl", ["fox", ""])
+    arguments = ["--input", "*.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "artifacts/data/train"]
+    run = tool(*arguments)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (0, "")
+    assert "1 documents" in out
+    assert "skipped: 1 empty documents" in out
+    assert IndexedDataset("artifacts/data/train").num_documents == 1
+
+    Path("a.jsonl").write_text("{")
+    run = tool(*arguments, "--overwrite", "--workers", "1")
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: a.jsonl:1: broken JSON")
+    assert files_in("artifacts/data") == ["train.bin", "train.idx", "train.manifest.json"]
+
+
+def test_a_real_write_error_is_one_line(tokenizer_dir):
+    """The kernel refuses files over 20 kB: EFBIG, in the midst of the .bin."""
+    write_jsonl("a.jsonl", ["the quick brown fox " * 5000] * 4)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = ["--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x", "--workers", "1"]
+    run = tool(*arguments, preexec_fn=limit)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (1, "")
+    assert err == "error: cannot write out/x: File too large\n"
+    assert files_in() == []
+
+
+def test_workers_do_not_outlive_a_killed_run(tokenizer_dir):
+    import psutil
+
+    write_jsonl("a.jsonl", ["fox " * 500] * 20_000)
+    run = tool("--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x")
+    deadline = time.monotonic() + 30
+    workers = []
+    while len(workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        workers = [each for each in psutil.Process(run.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+    time.sleep(1.0)  # until they have started their watch
+    run.kill()
+    run.communicate()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
+    assert not set(PAIR) & set(files_in())
+    write_jsonl("a.jsonl", ["fox"])
+    build(tokenizer_dir, ["a.jsonl"])  # what the killed run left is no obstacle
+    assert files_in() == PAIR
