@@ -4,6 +4,7 @@ with the z-loss of PaLM (arXiv:2204.02311, section 5)."""
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def cross_entropy(
@@ -14,9 +15,10 @@ def cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """The loss of each token, in fp32: log Z - logit[target] + z_loss * (log Z)^2; 0 where target is ignore_index.
+    """The loss of each token: log Z - logit[target] + z_loss * (log Z)^2; 0 where target is ignore_index.
 
-    logits: [..., v/tp]: rank r of `group` holds the ids from r * v/tp on. targets: [...], global ids -> [...].
+    logits: [..., v/tp]: rank r of `group` holds the ids from r * v/tp on. targets: [...], global ids -> [...] in fp32,
+    or in fp64 from fp64 logits. No second derivative.
     A logit of -inf has probability and gradient 0.
     """
     return _CrossEntropy.apply(logits, targets, group, ignore_index, z_loss)
@@ -29,10 +31,11 @@ class _CrossEntropy(torch.autograd.Function):
         local = logits.shape[-1]
         first = dist.get_rank(group) * local if split else 0
 
-        maximum = logits.detach().amax(-1, keepdim=True).float()
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        maximum = logits.detach().amax(-1, keepdim=True).to(dtype)
         if split:
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        shifted = logits.float() - maximum  # [..., v/tp]
+        shifted = logits.to(dtype) - maximum  # [..., v/tp]
         ignored = targets == ignore_index
         here = (targets >= first) & (targets < first + local) & ~ignored
         index = torch.where(here, targets - first, 0).unsqueeze(-1)
@@ -51,6 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss.masked_fill(ignored, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor):
         probability, index, here, ignored, log_z = ctx.saved_tensors
         upstream = upstream.masked_fill(ignored, 0.0)

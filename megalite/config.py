@@ -112,8 +112,8 @@ class TrainingConfig(Section):
         "none", description="Recompute in backward: nothing, what is cheap (matmul outputs are kept), or every block."
     )
     eval_every: PositiveInt | None = Field(None, description="Evaluate each N steps; always at the end.")
-    eval_batches: PositiveInt | None = Field(
-        None, description="Micro-batches per device in one evaluation; default: the whole validation set, once."
+    eval_sequences: PositiveInt | None = Field(
+        None, description="Sequences of one evaluation, from the start of the validation set; default: all of it."
     )
     timeout_minutes: Annotated[float, Field(gt=0)] = Field(
         30.0, description="A collective that waits longer for another rank ends the run."

@@ -148,7 +148,8 @@ def steps_to_train(config: Config, windows: int, global_batch: int) -> int:
 
 def find_resume(config: Config):
     """The checkpoint to go on from, opened and checked; None to start afresh."""
-    from megalite.training.checkpoint import Checkpoint, check_same_model, find_checkpoint
+    from megalite.training.checkpoint import check_same_model
+    from megalite.training.checkpoint_reader import Checkpoint, find_checkpoint
 
     resume = config.checkpoint.resume
     if resume == "none":
@@ -233,4 +234,7 @@ def summary(result: dict, step: int, validation) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main, rank=int(os.environ.get("RANK", "0")), local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = [os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")]
+    if not all(rank.isdecimal() for rank in ranks):
+        ranks = ["0", "0"]  # this process speaks; main says what is wrong
+    run_main(main, rank=int(ranks[0]), local_rank=int(ranks[1]))

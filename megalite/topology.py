@@ -28,13 +28,15 @@ class LaunchEnvironment:
         values = [os.environ.get(name) for name in names]
         if all(value is None for value in values):
             return LaunchEnvironment(0, 0, 1, launched=False)
+        shown = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         try:
             rank, local_rank, world_size = (int(value) for value in values)  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            shown = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
             raise ConfigError(
                 f"launcher environment: {shown}: give all three as numbers, or unset them for one process"
             ) from None
+        if not 0 <= rank < world_size or local_rank < 0:
+            raise ConfigError(f"launcher environment: {shown}: ranks count from 0 to WORLD_SIZE - 1")
         return LaunchEnvironment(rank, local_rank, world_size, launched=True)
 
 
@@ -85,7 +87,7 @@ class Grid:
         return self.ranks.transpose(0, 2, 1).reshape(-1, self.data).tolist()
 
     def model_groups(self) -> list[list[int]]:
-        """The ranks that together hold one copy of the model; within a group, rank = pipeline * tensor_size + tensor."""
+        """The ranks that together hold one copy of the model; in a group, rank = pipeline * tensor_size + tensor."""
         return self.ranks.transpose(1, 0, 2).reshape(-1, self.pipeline * self.tensor).tolist()
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megalite.data.indexed import atomic_write  # noqa: E402
-from megalite.errors import UserError, run_main  # noqa: E402
+from megalite.data.indexed import atomic_write
+from megalite.errors import UserError, run_main
 
 SHORTEST = 200  # characters; what is shorter is mostly an empty __init__.py
 LEAST_BYTES = 1_000_000  # of text: a model can't be shown to learn from less

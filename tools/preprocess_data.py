@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megalite.data.indexed import pair_paths  # noqa: E402
-from megalite.data.tokenize import SPLIT_ON, build_indexed  # noqa: E402
-from megalite.errors import run_main  # noqa: E402
+from megalite.data.indexed import pair_paths
+from megalite.data.tokenize import SPLIT_ON, build_indexed
+from megalite.errors import run_main
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
         "--split-on",
         choices=SPLIT_ON,
         default="none",
-        help="what is one document in a .txt: the whole file (none), what stands between blank lines, each line",
+        help="what is one document in a .txt: the whole file (none; takes up to 140 times its size in memory), "
+        "what stands between blank lines, each line",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that tokenize (2)")
     parser.add_argument(

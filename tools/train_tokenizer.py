@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megalite.data.tokenizer import EOD, FILES, SAMPLE_BYTES, train_tokenizer  # noqa: E402
-from megalite.errors import run_main  # noqa: E402
+from megalite.data.tokenizer import EOD, FILES, SAMPLE_BYTES, train_tokenizer
+from megalite.errors import run_main
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

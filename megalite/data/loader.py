@@ -90,20 +90,20 @@ class TrainLoader:
 
 
 def eval_batches(
-    dataset: WindowDataset, micro_batch: int, dp_rank: int, dp_size: int, limit: int | None = None
+    dataset: WindowDataset, micro_batch: int, dp_rank: int, dp_size: int, windows: int | None = None
 ) -> Iterator[Batch]:
-    """This rank's batches [b, s] of one pass over `dataset` in order, at most `limit` of them.
+    """This rank's batches [b, s] of one pass over `dataset` in order, or over its first `windows`.
 
     Every rank gets the same number. Where windows run out, window 0 fills in with its loss_mask False, so the loss over
     all ranks counts each window exactly once, for any dp_size.
     """
     _check_shard(micro_batch, dp_rank, dp_size)
-    count = -(-len(dataset) // (micro_batch * dp_size))
-    for step in range(count if limit is None else min(count, limit)):
+    total = len(dataset) if windows is None else min(windows, len(dataset))
+    for step in range(-(-total // (micro_batch * dp_size))):
         index = (step * dp_size + dp_rank) * micro_batch + np.arange(micro_batch)
-        real = index < len(dataset)
-        windows = np.stack([dataset[int(i)] for i in np.where(real, index, 0)])
-        yield Batch.from_windows(windows, loss_mask=real)
+        real = index < total
+        tokens = np.stack([dataset[int(i)] for i in np.where(real, index, 0)])
+        yield Batch.from_windows(tokens, loss_mask=real)
 
 
 def _check_shard(micro_batch: int, dp_rank: int, dp_size: int) -> None:

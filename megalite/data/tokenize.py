@@ -282,7 +282,8 @@ def _encode_in_order(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died (out of memory? a document of 100 MB takes some GB): try fewer --workers"
+            "a worker process died (out of memory? a document takes up to 140 times its size): try fewer --workers, "
+            "or --split-on for a large .txt"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -387,6 +388,8 @@ def build_indexed(
         raise UserError(f"workers must be at least 1, not {workers}")
     if split_on not in SPLIT_ON:
         raise UserError(f'split_on "{split_on}" is none of {", ".join(SPLIT_ON)}')
+    if str(output_prefix).endswith(("/", os.sep)) or not str(output_prefix):
+        raise UserError(f'output prefix "{output_prefix}" has no file name: give FOLDER/NAME')
     chooser = None if split is None else Split(split, seed)
     sources = [InputFile(path) for path in expand_inputs(inputs)]
     tokenizer = Tokenizer(tokenizer_dir)

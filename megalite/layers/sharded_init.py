@@ -42,8 +42,8 @@ def sharded_parameter(
     shape: the global shape. dim: the dimension split over `group`, None if replicated. segments: sizes along `dim` of
     parts that are split one by one (q, k and v in one matrix); default: one part. fill: a constant instead of a normal
     draw of `std` (default: init.std). valid_rows: rows from here on are padding and zero.
-    Sets `global_name`, `global_shape`, `tp_dim` and `tp_segments` on the parameter. On the meta device nothing is drawn.
-    Raises ValueError where a part does not divide by the group's size.
+    Sets `global_name`, `global_shape`, `tp_dim` and `tp_segments` on the parameter. On the meta device it draws
+    nothing. Raises ValueError where a part does not divide by the group's size.
     """
     tp = group_size(group) if dim is not None else 1
     segments = segments or ((shape[dim],) if dim is not None else ())
@@ -75,7 +75,8 @@ def draw(name: str, shape: tuple[int, ...], init: InitSpec, std: float, valid_ro
     # torch's CPU generator takes 64-bit seeds; 63 bits keep it positive everywhere.
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     rows = shape[0] if valid_rows is None else valid_rows
-    full = torch.zeros(shape, device="cpu")
+    # float(): under deepspeed.zero.Init torch.zeros may give bf16, in which normal_ draws other numbers.
+    full = torch.zeros(shape, device="cpu").float()
     full[:rows].normal_(0.0, std, generator=generator)
     return full.to(init.rounding).float()
 

@@ -1,10 +1,13 @@
 """What a model costs: parameters, FLOPs of a token, bytes of memory. Pure arithmetic on the config; no torch."""
 
+import re
+
 from megalite.config import ModelConfig
 
 # Dense bf16 peak of a device, TFLOP/s, from NVIDIA's data sheets (without sparsity), by a part of its name.
 PEAK_TFLOPS = {
     "B200": 2250.0,
+    "GH200": 989.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -17,8 +20,8 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The peak of the first entry above whose name occurs in `device_name`; None where it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    """The peak of the first entry above that is a word of `device_name` (an A1000 is no A100); None if none is."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def count_parameters(model: ModelConfig) -> int:

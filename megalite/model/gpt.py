@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(self, name: str, model: ModelConfig, init: InitSpec, group: Group):
         super().__init__()
-        # The residual stream adds 2 * num_layers outputs; scaling each keeps its variance at depth (GPT-2, section 2.3).
+        # The residual stream adds 2 * num_layers outputs; scaling each keeps its variance (GPT-2, section 2.3).
         output_std = init.std / math.sqrt(2 * model.num_layers)
         self.attention_norm = RMSNorm(f"{name}.attention_norm", model.hidden_size, model.norm_eps, init)
         self.attention = Attention(
@@ -85,7 +85,7 @@ class Stage(nn.Module):
         prefix_embeddings: Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> Tensor:
-        """tokens, labels, positions: [b, s] int64; loss_mask: [b, s] bool.
+        """tokens, labels, positions: [b, s] int64; loss_mask: [b, s] bool, default: all.
 
         positions: default 0 .. s-1, after what the caches hold. prefix_embeddings [b, p, h]: vectors that stand before
         the tokens (a user's or persona's, say), attended by all of them; they take positions 0 .. p-1, shift the
@@ -98,10 +98,14 @@ class Stage(nn.Module):
         hidden = self.embedding(tokens)  # [s, b, h]
         p = 0
         if prefix_embeddings is not None:
-            p = prefix_embeddings.shape[1]
-            if prefix_embeddings.shape != (b, p, self.model.hidden_size):
+            if prefix_embeddings.dim() != 3 or prefix_embeddings.shape[::2] != (b, self.model.hidden_size):
                 want = f"[{b}, p, {self.model.hidden_size}]"
                 raise ValueError(f"prefix_embeddings: shape {list(prefix_embeddings.shape)}, wants {want}")
+            if past:
+                raise ValueError(
+                    "prefix_embeddings stand before all tokens: give them with the first call on empty caches"
+                )
+            p = prefix_embeddings.shape[1]
             hidden = torch.cat((prefix_embeddings.transpose(0, 1).to(hidden.dtype), hidden))  # [p+s, b, h]
         if past + p + s > self.model.n_positions:
             raise ValueError(f"{past + p + s} positions, but model.n_positions is {self.model.n_positions}")

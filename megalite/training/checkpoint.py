@@ -1,27 +1,16 @@
-"""Checkpoints that belong to no layout: fp32 weights and moments by global parameter name, in safetensors.
+"""Saving an engine's state and loading it: by global parameter name, so that a checkpoint belongs to no layout.
 
-A folder step-N holds
-    model-K.safetensors        fp32 weights
-    optimizer-K.safetensors    NAME.exp_avg and NAME.exp_avg_sq, fp32
-    index.json                 {parameter name: [shape, model file, optimizer file]}
-    state.json                 step, tokens, data position, loss scale: all that the curve depends on besides tensors
-    config.json, tokenizer/    what trained it
-    manifest.json              format version, and size and SHA-256 of every file above; written last
-It is written as step-N.tmp, forced to disk and renamed, so a folder named step-N is complete; then `latest` names it.
-Nothing here is ever unpickled. All ranks must see one file system.
+`checkpoint_reader.py` tells what a checkpoint holds. It is written as step-N.tmp, forced to disk and renamed, so a
+folder named step-N is complete; then `latest` names it. All ranks must see one file system.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -30,12 +19,11 @@ from megalite.data.indexed import atomic_write, sync_folder
 from megalite.data.tokenizer import FILES as TOKENIZER_FILES
 from megalite.errors import ConfigError, UserError
 from megalite.topology import Topology
-from megalite.training.engine import MOMENTS, Engine
+from megalite.training.checkpoint_reader import FORMAT, FORMAT_VERSION, MOMENTS, Checkpoint, list_checkpoints
+from megalite.training.engine import Engine
 
-FORMAT_VERSION = 1
 # A shard passes through host memory twice while it is written. Its weights are a third of this.
 SHARD_BYTES = 1 << 30
-_STEP = re.compile(r"step-(\d+)")
 
 
 def plan_shards(shapes: dict[str, tuple[int, ...]], limit: int = SHARD_BYTES) -> list[list[str]]:
@@ -148,7 +136,7 @@ def _write_rest(folder: Path, files: dict, index: dict, state: dict, config: Con
                 files[f"tokenizer/{name}"] = _write(folder / "tokenizer" / name, source.read_bytes())
     except OSError as error:
         raise UserError(f"cannot copy the tokenizer into {folder}: {error.strerror}") from error
-    manifest = {"format": "megalite-checkpoint", "version": FORMAT_VERSION, "step": state["step"], "files": files}
+    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "step": state["step"], "files": files}
     _write(folder / "manifest.json", _json(manifest))
 
 
@@ -174,30 +162,6 @@ def _prune(output_dir: Path, step: int, keep_last: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of each step-N in `output_dir`, oldest first."""
-    found = []
-    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
-        match = _STEP.fullmatch(folder.name)
-        if match and folder.is_dir():
-            found.append((int(match.group(1)), folder))
-    return sorted(found)
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """`path` itself if it is a checkpoint, else the newest in it (what `latest` names), else None."""
-    if (path / "manifest.json").is_file():
-        return path
-    try:
-        named = (path / "latest").read_text().strip()
-    except OSError:
-        named = ""
-    if _STEP.fullmatch(named) and (path / named).is_dir():
-        return path / named
-    found = list_checkpoints(path)
-    return found[-1][1] if found else None
-
-
 def set_aside(output_dir: Path) -> Path | None:
     """Move the checkpoints of `output_dir` into a new folder in it, for a run that starts afresh; None if none."""
     found = list_checkpoints(output_dir)
@@ -217,99 +181,9 @@ def set_aside(output_dir: Path) -> Path | None:
     return aside
 
 
-class Checkpoint:
-    """A checkpoint folder opened for reading: its manifest, index and state.
-
-    Raises UserError naming the file where one is missing, has another size, or is not what it should be.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        manifest = self._read_json("manifest.json")
-        if manifest.get("format") != "megalite-checkpoint":
-            raise self._broken("manifest.json", "is not a MegaLite checkpoint's")
-        if manifest.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: checkpoint format {manifest.get('version')}, this version reads {FORMAT_VERSION};"
-                " use the MegaLite that wrote it"
-            )
-        self.files: dict[str, dict] = manifest["files"]
-        for name, entry in self.files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise self._broken("manifest.json", f"names a file outside its folder: {name}")
-            path = folder / name
-            size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
-            if size != entry["bytes"]:
-                raise self._broken(name, f"has {'no' if size is None else size} bytes, the manifest {entry['bytes']}")
-        self.index: dict[str, list] = self._read_json("index.json")
-        self.state: dict[str, Any] = self._read_json("state.json")
-        self.config = Config.model_validate(self._read_json("config.json"))
-
-    @property
-    def step(self) -> int:
-        return self.state["step"]
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare SHA-256 of every `parts`-th file, from number `part` on, so that ranks can share the work."""
-        for name in sorted(self.files)[part::parts]:
-            with open(self.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != self.files[name]["sha256"]:
-                    raise self._broken(name, "has another content than the manifest says")
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 tensor) of every parameter, one at a time."""
-        for name, (_, model_file, _) in self.index.items():
-            yield name, self._tensor(model_file, name)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """A parameter's weight and moments: {"weight", "exp_avg", "exp_avg_sq"}."""
-        _, model_file, optimizer_file = self.index[name]
-        return {
-            "weight": self._tensor(model_file, name),
-            **{key: self._tensor(optimizer_file, f"{name}.{key}") for key in MOMENTS},
-        }
-
-    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint whose parameters are not exactly those of the model."""
-        stored = {name: tuple(entry[0]) for name, entry in self.index.items()}
-        wrong = [f"{name} is missing" for name in shapes if name not in stored]
-        wrong += [f"{name} is unexpected" for name in stored if name not in shapes]
-        wrong += [
-            f"{name} is {list(stored[name])}, the model has {list(shape)}"
-            for name, shape in shapes.items()
-            if name in stored and stored[name] != tuple(shape)
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise UserError(f"{self.folder}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
-
-    def _tensor(self, file: str, key: str) -> Tensor:
-        if file not in self.files:
-            raise self._broken("index.json", f"names {file}, which the manifest does not")
-        try:
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                return tensors.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise self._broken(file, f"cannot give {key} ({error})") from error
-
-    def _read_json(self, name: str) -> Any:
-        try:
-            return json.loads((self.folder / name).read_text())
-        except OSError as error:
-            raise self._broken(name, f"cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise self._broken(name, "is not JSON") from error
-
-    def _broken(self, name: str, why: str) -> UserError:
-        return UserError(
-            f"damaged checkpoint: {self.folder / name} {why}; resume from another one with --resume PATH,"
-            " or start afresh with --no-resume"
-        )
-
-
 def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse to continue another model's run: ConfigError naming the keys that differ."""
-    theirs, ours = checkpoint.config.model.model_dump(), config.model.model_dump()
+    theirs, ours = checkpoint.model.model_dump(), config.model.model_dump()
     differing = [f"model.{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
     if differing:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar on a terminal or plain lines in a log, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -36,12 +37,12 @@ class Meters:
             _drop_after(path, resumed_step)
             self._metrics = open(path, "a")  # noqa: SIM115  lives as long as the run
             self._log = open(run_dir / "train.log", "a")  # noqa: SIM115
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
         except OSError as error:
             raise UserError(f"cannot write {run_dir}: {error.strerror}; choose another --run-dir") from error
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
         self._started = time.monotonic()
@@ -64,7 +65,7 @@ class Meters:
             return
         step = self.done = values["step"]
         try:
-            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.write(json.dumps({key: _strict(value) for key, value in values.items()}) + "\n")
             self._metrics.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._metrics.name}: {error.strerror}") from error
@@ -100,6 +101,11 @@ class Meters:
             self._log.close()
 
 
+def _strict(value: Any) -> Any:
+    """None for nan and inf, which JSON does not have (a gradient may overflow while the loss is finite)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -116,10 +122,10 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
     if b"".join(kept) != path.read_bytes():

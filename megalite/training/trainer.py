@@ -17,6 +17,7 @@ from megalite.pipeline.executor import run_evaluation, run_schedule
 from megalite.pipeline.schedules import one_stage
 from megalite.topology import Topology
 from megalite.training import checkpoint
+from megalite.training.checkpoint_reader import Checkpoint
 from megalite.training.engine import Engine
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.meters import Meters, memory_bytes
@@ -45,7 +46,7 @@ class Trainer:
         self.peak = peak_tflops(torch.cuda.get_device_name(topology.device)) if on_gpu else None
         self.meters: Meters
 
-    def resume(self, found: checkpoint.Checkpoint | None) -> None:
+    def resume(self, found: Checkpoint | None) -> None:
         """Go on from a checkpoint: weights, optimizer, position in the data, counters."""
         if found is None:
             return
@@ -130,7 +131,7 @@ class Trainer:
             training.per_device_train_batch_size,
             self.topology.data_rank,
             self.topology.grid.data,
-            training.eval_batches,
+            training.eval_sequences,
         )
         with self.engine.evaluation():
             total, valid = run_evaluation(self.engine.forward, (batch.to(self.topology.device) for batch in batches))

@@ -5,11 +5,11 @@ import struct
 
 import numpy as np
 import pytest
-from test_indexed import handwritten_idx
 
 from megalite.data.dataset import KeyedPermutation, WindowDataset
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
+from tests.unit.test_indexed import handwritten_idx
 
 GOLDEN = [6, 0, 2, 7, 9, 1, 4, 3, 5, 8]
 

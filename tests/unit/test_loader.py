@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_dataset import make_source
 
 from megalite.data.batch import Batch
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader, eval_batches
 from megalite.errors import UserError
+from tests.unit.test_dataset import make_source
 
 SIZE = 4
 
@@ -127,7 +127,7 @@ def test_evaluation_counts_every_label_once_and_every_rank_has_as_many_batches(d
 
 
 def test_evaluation_limit_and_order(data):
-    first, second = (list(eval_batches(data, 2, rank, 2, limit=2)) for rank in range(2))
+    first, second = (list(eval_batches(data, 2, rank, 2, windows=8)) for rank in range(2))
     assert [(batch.tokens[:, 0] // SIZE).tolist() for batch in first] == [[0, 1], [4, 5]]
     assert [(batch.tokens[:, 0] // SIZE).tolist() for batch in second] == [[2, 3], [6, 7]]
-    assert len(list(eval_batches(data, 23, 0, 1, limit=9))) == 1
+    assert len(list(eval_batches(data, 23, 0, 1, windows=999))) == 1

@@ -283,6 +283,7 @@ def test_bad_text_has_its_line(tokenizer_dir, split_on):
         ({"split": "1,2,3"}, "two positive numbers"),
         ({"split": "nan,inf"}, "two positive numbers"),
         ({"tokenizer_dir": "nowhere"}, "nowhere/tokenizer.json"),
+        ({"prefix": "out/"}, "no file name"),
         ({"prefix": "a.jsonl/x"}, "cannot write a.jsonl/x"),
     ],
 )
@@ -361,6 +362,47 @@ def tool(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def test_demo_corpus_is_the_source_of_a_library():
+    library = Path("library")
+    for name, content in {
+        "b.py": b"b = 1\n" * 100_000,
+        "a.py": b"a = 1\r\n" * 100_000,
+        "copy/a.py": b"a = 1\r\n" * 100_000,
+        "short.py": b"x = 1\n",
+        "latin.py": b"# \xe9\n" * 100,
+        "data.txt": b"text\n" * 100,
+        "site-packages/pip.py": b"p = 1\n" * 100,
+    }.items():
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_bytes(content)
+    script = str(ROOT / "tools/make_demo_corpus.py")
+    program = (
+        "import runpy, sys, sysconfig; sysconfig.get_path = lambda name: 'library'; "
+        f"sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
+    )
+
+    def run():
+        return subprocess.run([sys.executable, "-c", program, "--output-dir", "demo"], capture_output=True, text=True)
+
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.3 MB of text, 2 documents" in done.stdout
+    rows = [json.loads(line) for line in Path("demo/corpus.jsonl").read_bytes().splitlines()]
+    texts = {row["path"]: row["text"] for row in rows}
+    assert texts == {"a.py": "a = 1\r\n" * 100_000, "b.py": "b = 1\n" * 100_000}
+    written = os.stat("demo/corpus.jsonl").st_mtime_ns
+    assert "there already" in run().stdout
+    assert os.stat("demo/corpus.jsonl").st_mtime_ns == written
+
+    os.remove("demo/corpus.jsonl")
+    (library / "b.py").unlink()
+    (library / "copy/a.py").write_bytes(b"x" * 199)
+    failed = run()
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("error: library has only 0.70 MB of Python source in 1 files")
+    assert files_in("demo") == []
+
+
 def test_command_line(tokenizer_dir):
     write_jsonl("a.jsonl", ["fox", ""])
     arguments = ["--input", "*.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "artifacts/data/train"]
@@ -395,6 +437,20 @@ def test_a_real_write_error_is_one_line(tokenizer_dir):
     assert files_in() == []
 
 
+def test_an_interrupted_run_cleans_up(tokenizer_dir):
+    write_jsonl("a.jsonl", ["fox " * 500] * 20_000)
+    arguments = ["--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x"]
+    run = tool(*arguments, start_new_session=True)
+    while "x.bin.tmp" not in files_in():
+        assert run.poll() is None
+        time.sleep(0.02)
+    time.sleep(1.0)  # until the workers are at it
+    os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
+    _, err = run.communicate(timeout=30)
+    assert (run.returncode, err) == (130, "interrupted\n")
+    assert files_in() == []
+
+
 def test_workers_do_not_outlive_a_killed_run(tokenizer_dir):
     import psutil
 
@@ -407,9 +463,12 @@ def test_workers_do_not_outlive_a_killed_run(tokenizer_dir):
         workers = [each for each in psutil.Process(run.pid).children() if "spawn_main" in " ".join(each.cmdline())]
     time.sleep(1.0)  # until they have started their watch
     run.kill()
-    run.communicate()
-    assert len(workers) == 2
+    run.wait(timeout=10)  # communicate would wait for workers that live on: they hold the pipes
     _, alive = psutil.wait_procs(workers, timeout=10)
+    for worker in alive:
+        worker.kill()
+    run.communicate(timeout=10)
+    assert len(workers) == 2
     assert alive == []
     assert not set(PAIR) & set(files_in())
     write_jsonl("a.jsonl", ["fox"])

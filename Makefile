@@ -1,0 +1,45 @@
+# make demo   a language model from nothing: installs, builds data, trains, prints a sample
+# make test   installs, runs the whole test suite; no GPU needed
+# make lint   ruff, as CI runs it
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The launcher's own log of how it starts processes is noise here; --log_level info brings it back.
+TRAIN := $(BIN)/deepspeed --log_level warning
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: artifacts/data/demo-train.idx
+	$(TRAIN) megalite/pretrain.py --config configs/small.yaml
+	$(BIN)/python tools/generate.py --checkpoint artifacts/checkpoints/small --prompt "def " --max-new-tokens 120 --temperature 0.8 --top-p 0.95 --seed 1
+
+artifacts/demo/corpus.jsonl: | .venv/demo
+	$(BIN)/python tools/make_demo_corpus.py --output-dir artifacts/demo
+
+artifacts/tokenizer/tokenizer.json: artifacts/demo/corpus.jsonl
+	$(BIN)/python tools/train_tokenizer.py --data-files artifacts/demo/corpus.jsonl --vocab-size 4096 --output-dir artifacts/tokenizer
+
+artifacts/data/demo-train.idx: artifacts/tokenizer/tokenizer.json
+	$(BIN)/python tools/preprocess_data.py --input artifacts/demo/corpus.jsonl --tokenizer-dir artifacts/tokenizer --output-prefix artifacts/data/demo --split 98,2
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/pip: constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; give another: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/demo: .venv/pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/test: .venv/pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	@touch $@ .venv/demo

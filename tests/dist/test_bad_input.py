@@ -1,0 +1,135 @@
+"""What a user's mistake gets: one line that says what, where and what to do; exit code 78 or 1; no traceback."""
+
+import json
+import resource
+import shutil
+import subprocess
+
+import pytest
+
+from tests.dist.conftest import environment
+
+pytestmark = pytest.mark.dist
+
+
+def refused(job, name, code, *parts, arguments, **options):
+    """Run, expect `code` and exactly one line of error, which holds all of `parts`."""
+    finished = job.run(name, *arguments, **options)
+    errors = [line for line in finished.errors.splitlines() if "error: " in line]
+    assert finished.code == code, finished.output + finished.errors
+    assert len(errors) == 1, finished.errors
+    assert "Traceback" not in finished.output + finished.errors
+    for part in parts:
+        assert part in errors[0]
+
+
+def copy_data(job, name):
+    """A copy of the training data to damage; its prefix."""
+    prefix = job.root / name
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        shutil.copy(f"{job.root}/data-train{suffix}", f"{prefix}{suffix}")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("parts", "arguments"),
+    [
+        (["training.lerning_rate", "did you mean", "learning_rate"], ["--training.lerning_rate", "1"]),
+        (["training.max_steps", "ten", "--max-steps"], ["--max-steps", "ten"]),
+        (["data.block_size = 64", "model.n_positions = 32"], ["--block-size", "64"]),
+        (["this version"], ["--parallel.tensor", "2"]),
+        (["nowhere.json", "no such file"], ["--deepspeed", "nowhere.json"]),
+        (["global_batch_size = 9", "8 or 10"], ["--global-batch-size", "9"]),
+        (["data.train_files", "nowhere", "preprocess_data.py"], ["--train-files", "nowhere"]),
+        (["nowhere*.bin", "matches no"], ["--train-files", "nowhere*.bin"]),
+        (["vocab_size = 500", "512"], ["--vocab-size", "500"]),
+        (["fp16 needs a GPU"], ["--precision", "fp16"]),
+    ],
+)
+def test_configuration(job, parts, arguments):
+    refused(job, "refused", 78, *parts, arguments=arguments)
+
+
+def test_two_ranks_speak_once(job):
+    """A mistake found before the ranks meet, and one found after."""
+    for arguments in (["--block-size", "64"], ["--vocab-size", "500"]):
+        refused(job, "refused", 78, "", arguments=arguments, launcher="deepspeed", ranks=2)
+
+
+def test_files(job):
+    missing = str(job.root / "nowhere.txt")
+    refused(job, "refused", 1, "nowhere.txt", arguments=["--train-files", missing])
+    refused(job, "refused", 1, "tokenizer.json", arguments=["--tokenizer-dir", str(job.root / "nowhere")])
+    empty = job.root / "empty.txt"
+    empty.write_text("")
+    arguments = ["--train-files", str(empty), "--cache-dir", str(job.root / "cache")]
+    refused(job, "refused", 1, "empty.txt", arguments=arguments)
+
+
+def test_corrupt_index_and_too_little_data(job):
+    prefix = copy_data(job, "damaged")
+    index = prefix.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:-5])
+    refused(job, "refused", 1, "damaged.idx", arguments=["--train-files", str(prefix)])
+    arguments = ["--train-files", str(prefix), "--block-size", "1000000", "--n-positions", "1000000"]
+    shutil.copy(f"{job.root}/data-train.idx", index)
+    refused(job, "refused", 1, "no window", arguments=arguments)
+
+
+def test_data_of_another_tokenizer(job):
+    prefix = copy_data(job, "foreign")
+    path = job.root / "foreign.manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_sha256": "0" * 64}))
+    refused(job, "refused", 78, "another tokenizer", arguments=["--train-files", str(prefix)])
+
+
+@pytest.fixture(scope="module")
+def trained(job):
+    """A folder with checkpoints of steps 2 and 4."""
+    job.train("trained", "--max-steps", "4", "--save-every", "2", "--lr-schedule", "constant")
+    return job.root / "trained" / "checkpoints"
+
+
+def test_folder_of_another_run(job, trained):
+    arguments = ["--output-dir", str(trained), "--num-layers", "3"]
+    refused(job, "refused", 78, "another run", "num_layers", "--no-resume", arguments=arguments)
+    arguments = ["--output-dir", str(trained), "--train-files", str(job.root / "data-validation")]
+    refused(job, "refused", 1, "data", "changed", arguments=arguments)
+
+
+def test_damaged_checkpoint_is_named(job, trained):
+    folder = shutil.copytree(trained, job.root / "damaged-checkpoints")
+    model = next((folder / "step-4").glob("model-*"))
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    arguments = ["--output-dir", str(folder)]
+    refused(job, "refused", 1, model.name, "--resume", arguments=arguments)
+    model.write_bytes(content[:-100])
+    refused(job, "refused", 1, model.name, "bytes", arguments=arguments)
+    refused(job, "refused", 1, "nowhere", arguments=["--resume", str(job.root / "nowhere")])
+
+
+def test_disk_that_fills_up_while_saving(job):
+    """A limit on the size of files stands for the full disk: the same write fails, with another errno."""
+    name = "full-disk"
+    job.train(name, "--max-steps", "2", "--lr-schedule", "constant")
+    latest = job.root / name / "checkpoints" / "step-2"
+    size = next(latest.glob("optimizer-*")).stat().st_size
+    command = job.command(name, "--max-steps", "4", "--lr-schedule", "constant")
+    done = subprocess.run(
+        command,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert len(errors) == 1
+    assert "cannot write" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step-2"]  # the last good one, whole
+    resumed = job.train(name, "--max-steps", "4", "--lr-schedule", "constant")
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
