@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The launcher's own log of how it starts processes is noise here; --log_level info brings it back.
-TRAIN := $(BIN)/deepspeed --log_level warning
+# --quiet: without it the launcher logs how it starts processes.
+TRAIN := $(BIN)/deepspeed --quiet
 
 .PHONY: demo test lint
 .DELETE_ON_ERROR:
