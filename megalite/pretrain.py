@@ -127,7 +127,7 @@ def open_data(config: Config, topology):
             build = index_texts if topology.rank == 0 else lambda *args: None
             topology.together(build, *cached, data.num_workers, True)
             prefixes.append(topology.together(cache_prefix, *cached))
-        dataset = topology.together(WindowDataset, prefixes, data.block_size)
+        dataset = topology.together(WindowDataset, prefixes, data.block_size, config.model.vocab_size)
         topology.together(check_tokenizer, dataset, tokenizer, key)
         return dataset
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megalite.errors import UserError, run_main  # noqa: E402
+from megalite.errors import UserError, run_main
 
 
 def main() -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megalite.data.documents import SPLIT_ON
 from megalite.data.indexed import pair_paths
-from megalite.data.tokenize import SPLIT_ON, build_indexed
+from megalite.data.tokenize import build_indexed
 from megalite.errors import run_main
 
 

@@ -24,13 +24,16 @@ class WindowDataset:
     Neighbouring windows share one token, so each token but a source's first is a label exactly once. No window crosses
     from one source into the next, and what remains at a source's end, fewer than `block_size` labels, is dropped.
 
-    Raises `UserError` when there is no window at all, or the sources were made with different tokenizers.
+    Raises `UserError` when there is no window at all, or the sources were made with different tokenizers; reading does
+    where a token id is not below `vocab_size` (data without a manifest may come from any tokenizer).
     """
 
-    def __init__(self, sources: list[IndexedDataset | str | Path], block_size: int) -> None:
+    def __init__(
+        self, sources: list[IndexedDataset | str | Path], block_size: int, vocab_size: int | None = None
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
-        self.block_size = block_size
+        self.block_size, self.vocab_size = block_size, vocab_size
         self.sources = [each if isinstance(each, IndexedDataset) else IndexedDataset(each) for each in sources]
         known: dict[str, str] = {}  # tokenizer -> a source that was made with it
         for source in self.sources:
@@ -58,7 +61,14 @@ class WindowDataset:
             raise IndexError(f"window {index} of {len(self)}")
         source = bisect_right(self.ends, index)
         start = (index - (self.ends[source - 1] if source else 0)) * self.block_size
-        return self._streams[source][start : start + self.block_size + 1].astype(np.int64)
+        window = self._streams[source][start : start + self.block_size + 1].astype(np.int64)
+        if self.vocab_size is not None and not 0 <= int(window.min()) <= int(window.max()) < self.vocab_size:
+            worst = int(window.max()) if window.max() >= self.vocab_size else int(window.min())
+            raise UserError(
+                f"{self.sources[source].bin_path}: token id {worst} near token {start}, but model.vocab_size is "
+                f"{self.vocab_size}; the data is of another tokenizer, or damaged: build it again"
+            )
+        return window
 
     @property
     def fingerprint(self) -> str:

@@ -1,19 +1,18 @@
 """From `data.train_files` and `data.eval_files` to windows: indexed data as it is, text after tokenizing it once."""
 
-import glob
 import hashlib
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 
 import numpy as np
 
 from megalite.data.dataset import WindowDataset
+from megalite.data.documents import SUFFIXES, expand_inputs, match_paths
 from megalite.data.indexed import data_prefix
-from megalite.data.tokenize import SUFFIXES, build_indexed, expand_inputs
+from megalite.data.tokenize import build_indexed
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
-
-_GLOB = frozenset("*?[")
 
 
 def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[str]]:
@@ -25,22 +24,24 @@ def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[st
     prefixes: dict[str, None] = {}
     texts: list[str] = []
     for pattern in patterns:
+        prefix = data_prefix(pattern)
         if pattern.endswith(SUFFIXES):
             texts.append(pattern)
-        elif _GLOB.intersection(pattern):
-            matched = sorted(glob.glob(pattern, recursive=True))
+        elif Path(f"{prefix}.idx").exists():
+            prefixes[prefix] = None
+        elif has_magic(pattern):
+            matched = match_paths(pattern)
             pairs = [path for path in matched if path.endswith((".bin", ".idx"))]
-            texts += [path for path in matched if path.endswith(SUFFIXES)]
-            if not pairs and not any(path.endswith(SUFFIXES) for path in matched):
+            found = [path for path in matched if path.endswith(SUFFIXES)]
+            if not pairs and not found:
                 raise ConfigError(f"{key}: {pattern} matches no .bin, .idx, .txt or .jsonl file")
             prefixes |= dict.fromkeys(map(data_prefix, pairs))
-        elif not Path(data_prefix(pattern) + ".idx").exists():
+            texts += found
+        else:
             raise ConfigError(
-                f"{key}: {pattern}: no such indexed data ({data_prefix(pattern)}.idx does not exist);"
+                f"{key}: {pattern}: no such indexed data ({prefix}.idx does not exist);"
                 " build it with tools/preprocess_data.py, or give .txt or .jsonl files"
             )
-        else:
-            prefixes[data_prefix(pattern)] = None
     return list(prefixes), expand_inputs(texts) if texts else []
 
 

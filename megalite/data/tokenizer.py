@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megalite.data.documents import expand_inputs, name_files, read_pieces
 from megalite.data.indexed import sync_folder
 from megalite.errors import UserError
 
@@ -118,8 +119,6 @@ def train_tokenizer(
 
     Raises `UserError` for input that can't be read, an impossible vocabulary or special token, a full disk.
     """
-    from megalite.data.tokenize import SUFFIXES, expand_inputs  # here, because that module imports this one
-
     special = _special_tokens(special_tokens)
     if vocab_size < 256 + len(special):
         raise UserError(
@@ -128,7 +127,7 @@ def train_tokenizer(
         )
     if min_frequency < 1 or sample_bytes < 1:
         raise UserError("min_frequency and sample_bytes must be at least 1")
-    paths = expand_inputs(files, SUFFIXES)
+    paths = expand_inputs(files)
     _check_writable(Path(output_dir))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -143,7 +142,7 @@ def train_tokenizer(
     counts = {"sampled_bytes": 0, "total_bytes": 0, "sampled_pieces": 0, "total_pieces": 0}
     backend.train_from_iterator(_sample(paths, sample_bytes, json_key, seed, counts), trainer)
     if not counts["total_bytes"]:
-        raise UserError(f"no text in {len(paths)} file(s): nothing to train a tokenizer on")
+        raise UserError(f"no text in {name_files(paths)}: there is nothing to train a tokenizer on")
     if not counts["sampled_bytes"]:
         raise UserError(f"the sample of {sample_bytes} bytes came out empty: raise --sample-bytes")
     backend.encode_special_tokens = True
@@ -170,8 +169,6 @@ def _special_tokens(given: Sequence[str]) -> list[str]:
 
 def _sample(paths: list[str], sample_bytes: int, json_key: str, seed: int, counts: dict[str, int]) -> Iterator[str]:
     """Pieces of text that are in the sample; tallies them, and all there were, in `counts`."""
-    from megalite.data.tokenize import read_pieces
-
     # Sizes of files, so for .jsonl, whose quotes and escapes are no text, the sample comes out a little smaller.
     fraction = min(1.0, sample_bytes / max(1, sum(os.path.getsize(path) for path in paths)))
     threshold = int(fraction * 2**64)

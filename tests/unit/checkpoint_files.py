@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,19 @@ from safetensors.torch import save_file
 
 from megalite.config import Config, ModelConfig
 from megalite.model.gpt import Stage
+
+# Large initial weights, so that an untrained model has strong and varied preferences.
+MODEL = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=64,
+    n_positions=64,
+    qk_norm=True,
+    init_std=0.5,
+)
 
 
 def write_checkpoint(folder: Path, model: ModelConfig, tokenizer_dir: Path | None, seed: int = 1) -> Stage:
@@ -56,3 +70,9 @@ def write_manifest(folder: Path, **changes) -> None:
 
 def write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content))
+
+
+def edit_json(path: Path, change: Callable) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    write_json(path, content)

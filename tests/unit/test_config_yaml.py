@@ -9,7 +9,7 @@ from megalite.config import Config
 from megalite.config_keys import schema_keys
 from megalite.config_loader import format_config, load_config
 from megalite.config_yaml import format_value, parse_scalar
-from megalite.errors import ConfigError
+from tests.unit.test_config import problems_of
 
 
 @pytest.fixture
@@ -22,12 +22,6 @@ def write(tmp_path, monkeypatch):
         return ["--config", "x.yaml"]
 
     return write_yaml
-
-
-def problems_of(argv: list[str]) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(argv)
-    return str(caught.value).split("\n")
 
 
 def test_precedence_and_sources(write):

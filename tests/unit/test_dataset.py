@@ -43,6 +43,15 @@ def test_a_window_that_is_not_there(tmp_path, index):
         data[index]
 
 
+def test_an_id_that_the_model_does_not_have_is_refused(tmp_path):
+    source = make_source(tmp_path, "a", [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    data = WindowDataset([source], block_size=4, vocab_size=8)
+    assert data[0].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"a\.bin: token id 8 near token 4, but model\.vocab_size is 8; "):
+        data[1]
+    assert WindowDataset([source], block_size=4, vocab_size=9)[1].max() == 8
+
+
 def test_no_window_says_what_there_is(tmp_path):
     source = make_source(tmp_path, "a", list(range(8)))
     assert len(WindowDataset([source], block_size=7)) == 1

@@ -1,61 +1,15 @@
 """The decoder beside Hugging Face's Llama and Qwen3, and the promises of `Stage`, one by one."""
 
-import math
-from collections import Counter
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.config import ModelConfig
 from megalite.layers.attention import KVCache
 from megalite.layers.rope import rope_angles
-from megalite.layers.sharded_init import InitSpec, draw
 from megalite.model.gpt import Stage
-
-BASE = {
-    "vocab_size": 61,
-    "vocab_multiple": 1,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "intermediate_size": 48,
-    "n_positions": 32,
-    "rope_theta": 100.0,  # so that 12 positions turn the slow pairs too
-    "init_std": 0.2,  # activations of a size at which a mistake shows
-}
-
-
-def make_model(**changes) -> ModelConfig:
-    return ModelConfig(**(BASE | changes))
-
-
-def make_stage(seed: int = 1, activation_checkpointing: str = "none", z_loss: float = 0.0, **changes) -> Stage:
-    """A stage whose norms have weights of their own: at 1, a norm in the wrong place would not show."""
-    stage = Stage(make_model(**changes), seed=seed, activation_checkpointing=activation_checkpointing, z_loss=z_loss)
-    generator = torch.Generator().manual_seed(5)
-    for parameter in stage.parameters():
-        if parameter.dim() == 1:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-    return stage
-
-
-def make_batch(b: int = 2, s: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, labels, loss_mask with about a third left out."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(BASE["vocab_size"], (b, s + 1), generator=generator)
-    return ids[:, :-1], ids[:, 1:], torch.rand(b, s, generator=generator) > 0.3
-
-
-def loss_and_gradients(stage: Stage, tokens, labels, mask, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    stage.zero_grad()
-    loss = stage(tokens, labels=labels, loss_mask=mask, **options)
-    loss.backward()
-    return loss.detach(), {p.global_name: p.grad.clone() for p in stage.parameters()}
-
+from tests.unit.tiny_model import CHECKPOINTING, loss_and_gradients, make_batch, make_stage
 
 # Against Hugging Face
 
@@ -285,7 +239,7 @@ def test_a_prefix_acts_as_tokens_before_the_tokens():
     assert not torch.allclose(got, stage(tokens), atol=1e-2)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_a_prefix_is_outside_the_loss_and_gets_its_gradient(mode):
     stage, prefix_tokens, prefix = with_prefix(tie_embeddings=False, activation_checkpointing=mode)
     tokens, labels, mask = make_batch()
@@ -342,175 +296,7 @@ def test_n_positions_is_the_limit_of_prefix_cache_and_tokens_together():
             stage(tokens[:, :5], caches=caches)
 
 
-# Initial weights
-
-
-def weights(stage: Stage) -> dict[str, Tensor]:
-    return {p.global_name: p.detach() for p in stage.parameters()}
-
-
-def plain_stage(seed: int = 1, rounding: torch.dtype = torch.float32, **changes) -> Stage:
-    return Stage(make_model(**changes), seed=seed, init_rounding=rounding)
-
-
-def test_weights_follow_from_seed_and_name_alone():
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = weights(plain_stage())
-    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
-    torch.manual_seed(2)
-    make_stage(seed=7, num_layers=3)  # something else in between
-    again = weights(plain_stage())
-    for name, tensor in first.items():
-        assert torch.equal(tensor, again[name]), name
-    for name in reversed(first):  # one by one, in another order
-        if first[name].dim() == 2 and "output" not in name and "down" not in name:
-            assert torch.equal(draw(name, tuple(first[name].shape), InitSpec(1, 0.2), 0.2), first[name])
-
-
-def test_weights_do_not_depend_on_the_depth():
-    shallow, deep = weights(plain_stage(num_layers=2)), weights(plain_stage(num_layers=8))
-    for name, tensor in shallow.items():
-        scaled = name.endswith(("attention.output.weight", "mlp.down.weight"))
-        # Output projections have std / sqrt(2 * layers): 2 for four times the layers, a power of two and so exact.
-        assert torch.equal(tensor, deep[name] * 2 if scaled else deep[name]), name
-
-
-def test_other_seeds_and_other_names_draw_other_weights():
-    first, second = (
-        weights(plain_stage(seed=1, tie_embeddings=False)),
-        weights(plain_stage(seed=2, tie_embeddings=False)),
-    )
-    matrices = [name for name, tensor in first.items() if tensor.dim() == 2]
-    for name in matrices:
-        assert not torch.isclose(first[name], second[name]).float().mean() > 0.01, name
-    for suffix in ("attention.qkv.weight", "mlp.down.weight"):
-        assert not torch.equal(first[f"blocks.0.{suffix}"], first[f"blocks.1.{suffix}"])
-    assert not torch.equal(first["embedding.weight"], first["head.weight"])
-
-
-def test_standard_deviations():
-    model = ModelConfig(vocab_size=1000, hidden_size=128, num_layers=8, num_heads=4, tie_embeddings=False)
-    for name, tensor in weights(Stage(model, seed=3)).items():
-        if tensor.dim() == 1:
-            assert torch.equal(tensor, torch.ones_like(tensor)), name
-            continue
-        scaled = name.endswith(("attention.output.weight", "mlp.down.weight"))
-        want = 0.02 / math.sqrt(2 * 8) if scaled else 0.02
-        valid = tensor[:1000]
-        # Over n >= 16384 values the estimate's own deviation is 1 / sqrt(2n) < 0.6 %; 3 % is five of those.
-        assert valid.std().item() == pytest.approx(want, rel=0.03), name
-        assert abs(valid.mean().item()) < 5 * want / math.sqrt(valid.numel()), name
-        assert valid.abs().max() > 3 * want, name  # a normal, not a uniform, distribution
-
-
-def test_rounding_makes_the_start_of_a_bf16_run_that_of_every_precision():
-    exact, rounded = weights(plain_stage()), weights(plain_stage(rounding=torch.bfloat16))
-    for name, tensor in rounded.items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, exact[name].bfloat16().float()), name
-
-
-@pytest.mark.parametrize("shape", [(7, 5), (16, 16), (61, 3)])
-def test_a_draw_is_the_same_where_torch_makes_bf16_by_default(shape, monkeypatch):
-    """As under deepspeed.zero.Init, which wraps torch.zeros so."""
-    spec, zeros = InitSpec(1, 0.02, torch.bfloat16), torch.zeros
-    want = draw("name", shape, spec, 0.02)
-    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: zeros(*args, **kwargs).bfloat16())
-    assert torch.equal(draw("name", shape, spec, 0.02), want)
-
-
-# Activation checkpointing
-
-
-class CountOperators(TorchDispatchMode):
-    """Counts the matrix products and attentions that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm"):
-            self.seen["product"] += 1
-        elif "attention" in name:
-            self.seen["attention_backward" if name.endswith("backward") else "attention"] += 1
-        return function(*args, **(kwargs or {}))
-
-
-MODES = ["none", "selective", "full"]
-RECOMPUTED = {"num_layers": 3, "qk_norm": True, "tie_embeddings": False}
-
-
-def test_recomputation_changes_no_bit():
-    batch = make_batch()
-    loss, gradients = loss_and_gradients(make_stage(**RECOMPUTED), *batch)
-    for mode in MODES[1:]:
-        other_loss, other = loss_and_gradients(make_stage(activation_checkpointing=mode, **RECOMPUTED), *batch)
-        assert torch.equal(other_loss, loss)
-        for name, gradient in gradients.items():
-            assert torch.equal(other[name], gradient), (mode, name)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_selective_repeats_no_product_and_full_repeats_all(kv_heads):
-    counts = {}
-    for mode in MODES:
-        stage = make_stage(activation_checkpointing=mode, num_kv_heads=kv_heads, **RECOMPUTED)
-        with CountOperators() as counter:
-            loss_and_gradients(stage, *make_batch())
-        counts[mode] = counter.seen
-    assert counts["none"]["attention"] == 3
-    assert counts["none"]["product"] == 3 * (4 * 3 + 1)  # four in each of 3 layers and the head; two more in backward
-    assert counts["selective"] == counts["none"]
-    # Of a block's four products, backward needs no result of the last, and torch stops before it.
-    assert counts["full"] - counts["none"] == {"product": 3 * 3, "attention": 3}
-
-
-def test_evaluation_does_not_checkpoint():
-    stage = make_stage(activation_checkpointing="full", **RECOMPUTED)
-    tokens, labels, mask = make_batch()
-    with torch.no_grad():
-        assert torch.equal(stage(tokens, labels=labels, loss_mask=mask), stage(tokens, None, labels, mask))
-
-
-def bytes_kept(mode: str) -> int:
-    """What a forward pass allocates and does not free."""
-    stage = make_stage(activation_checkpointing=mode, **RECOMPUTED)
-    tokens, labels, mask = make_batch(b=4, s=32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = stage(tokens, labels=labels, loss_mask=mask)
-    del loss
-    return sum(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-
-
-def test_recomputation_keeps_less():
-    kept = {mode: bytes_kept(mode) for mode in MODES}
-    hidden = 4 * 32 * 32 * 4  # [s, b, h] in fp32
-    assert kept["full"] < kept["selective"] < kept["none"]
-    # A block keeps far more than twenty such tensors' worth without, and one, its input, with full recomputation.
-    assert kept["none"] - kept["full"] > 3 * 10 * hidden
-
-
 # Precision
-
-
-def test_bf16_autocast_trains():
-    stage = make_stage(num_kv_heads=2, qk_norm=True, vocab_multiple=16)
-    batch = make_batch()
-    exact, gradients = loss_and_gradients(stage, *batch)
-    for mode in MODES:
-        stage.activation_checkpointing = mode
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, rough = loss_and_gradients(stage, *batch)
-        assert loss.dtype == torch.float32
-        # bf16 has 8 bits: 0.4 % a rounding, some of which a sum over 16 tokens averages away.
-        torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
-        for name, gradient in rough.items():
-            assert gradient.dtype == torch.float32
-            error = (gradient - gradients[name]).norm() / gradients[name].norm()
-            assert error < 0.1, (mode, name)
 
 
 def test_a_bf16_model_runs_too():
@@ -541,11 +327,3 @@ def test_rope_depends_on_distance_alone():
     positions = torch.arange(12).expand(2, 12)
     # fp32 angles of a thousand radians are good to 6e-5.
     torch.testing.assert_close(stage(tokens, positions + 1000), stage(tokens, positions), rtol=1e-2, atol=5e-3)
-
-
-def test_the_meta_device_draws_nothing_and_keeps_the_names():
-    with torch.device("meta"):
-        stage = Stage(make_model(), seed=0)
-    assert all(p.is_meta for p in stage.parameters())
-    names = [p.global_name for p in stage.parameters()]
-    assert names == [name for name, _ in stage.named_parameters()]

@@ -1,11 +1,10 @@
-"""From text to token files: documents, order, splits, bad input, failures half-way."""
+"""From text to token files: tokens, order, splits, bad arguments, failures half-way."""
 
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -18,66 +17,13 @@ import pytest
 
 from megalite.data import tokenize
 from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenize import Split, build_indexed, expand_inputs
-from megalite.data.tokenizer import EOD, Tokenizer, train_tokenizer
+from megalite.data.tokenize import Split
+from megalite.data.tokenizer import EOD, Tokenizer
 from megalite.errors import UserError
+from tests.unit.token_files import PAIR, build, documents_of, files_in, random_documents, refused, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "<|endoftext|>",
-    "naïve",
-    "日本語",
-    "👩\u200d👧",
-    "\t\r\n\n",
-    "",
-    "don't\x00",
-    "é",
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.txt").write_text(" ".join(WORDS) * 20, encoding="utf-8")
-    train_tokenizer([str(folder / "a.txt")], 300, folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def write_jsonl(path, texts):
-    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def random_documents(count, seed):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randrange(0, 80))) for _ in range(count)]
-
-
-def documents_of(prefix):
-    data = IndexedDataset(prefix)
-    ends = data.sequence_lengths.cumsum().tolist()
-    assert data.document_starts.tolist() == list(range(len(ends) + 1))
-    starts = [0, *ends[:-1]] if ends else []
-    return [data.tokens[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
-
-
-def build(tokenizer_dir, inputs, prefix="out/x", **options):
-    return build_indexed(inputs, tokenizer_dir, prefix, **{"workers": 1, "progress": False} | options)
-
-
-def files_in(folder="out"):
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-
-
-PAIR = ["x.bin", "x.idx", "x.manifest.json"]
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -128,7 +74,7 @@ def test_manifest_says_what_it_was_made_of(tokenizer_dir):
     assert manifest == {
         "version": 1,
         "tokenizer_sha256": sha256(Path(tokenizer_dir, "tokenizer.json")),
-        "vocab_size": 300,
+        "vocab_size": 280,
         "dtype": "uint16",
         "eod_id": 0,
         "append_eod": True,
@@ -145,47 +91,10 @@ def test_manifest_says_what_it_was_made_of(tokenizer_dir):
     assert IndexedDataset("out/x").manifest == manifest
 
 
-@pytest.mark.parametrize(
-    ("split_on", "expected"),
-    [
-        ("none", ["\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour"]),
-        ("line", ["one", "two", "three  ", "four"]),
-        ("blank", ["one\r\ntwo", "three  ", "four"]),
-    ],
-)
-def test_documents_of_a_txt(tokenizer_dir, split_on, expected):
-    Path("a.txt").write_bytes(b"\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour")
-    Path("b.txt").write_text("")
-    Path("c.txt").write_text("\n\nend\n")
-    build(tokenizer_dir, ["a.txt", "b.txt", "c.txt"], split_on=split_on)
-    tokenizer = Tokenizer(tokenizer_dir)
-    found = [tokenizer.decode(ids[:-1]) for ids in documents_of("out/x")]
-    assert found == [*expected, "\n\nend\n" if split_on == "none" else "end"]
-
-
-def test_byte_order_mark_of_a_jsonl_is_no_error(tokenizer_dir):
-    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fox"}\r\n')
-    build(tokenizer_dir, ["a.jsonl"])
-    assert documents_of("out/x") == [[*Tokenizer(tokenizer_dir).encode("fox"), 0]]
-
-
 def test_forged_end_of_document_stays_text(tokenizer_dir):
     write_jsonl("a.jsonl", [f"fox{EOD}", EOD])
     build(tokenizer_dir, ["a.jsonl"])
     assert [ids.index(0) == len(ids) - 1 and len(ids) > 1 for ids in documents_of("out/x")] == [True, True]
-
-
-def test_inputs_are_expanded_in_order_and_once():
-    for name in ("b2.txt", "b1.txt", "a.txt", "[x].txt", "c.TXT"):
-        Path(name).write_text("x")
-    os.symlink("a.txt", "link.txt")
-    assert expand_inputs(["b*.txt", "a.txt", "./b1.txt", "link.txt", "[x].txt", "c.TXT"]) == [
-        "b1.txt",
-        "b2.txt",
-        "a.txt",
-        "[x].txt",
-        "c.TXT",
-    ]
 
 
 @pytest.mark.parametrize(("text", "share"), [("98,2", 0.02), ("1,1", 0.5), ("0.3, 0.7", 0.7), ("999,1", 0.001)])
@@ -221,49 +130,6 @@ def test_a_side_without_a_document_is_refused(tokenizer_dir):
     assert [each.documents for each in build(tokenizer_dir, ["a.jsonl"], split="1,1")] == [1, 1]
 
 
-GOOD = '{"text": "fox"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (GOOD + '{"text": "fox"\n', "a.jsonl:2: broken JSON"),
-        (GOOD + "\n" + '["fox"]\n', "a.jsonl:3: not a JSON object"),
-        (GOOD + '{"body": "fox"}\n', "a.jsonl:2: no key \"text\" (its keys: 'body')"),
-        (GOOD + '{"text": null}\n', 'a.jsonl:2: the value of "text" is not a string but NoneType'),
-        (GOOD + '{"text": "\\ud800"}\n', "a.jsonl:2: a lone surrogate"),
-        (GOOD.encode() + b'{"text": "\xff"}\n', "a.jsonl:2: invalid UTF-8"),
-        ("[" * 100_000, "a.jsonl:1: broken JSON"),
-        ("\0", "a.jsonl:1: broken JSON"),
-        ("", "no text in 1 input file(s)"),
-        ('\n{"text": ""}\n', "no text in 1 input file(s)"),
-    ],
-)
-def test_bad_documents(tokenizer_dir, content, message):
-    Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as caught:
-        build(tokenizer_dir, ["a.jsonl"])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert files_in() == []
-
-
-def test_the_first_bad_document_is_named_for_any_number_of_workers(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 1)
-    Path("a.jsonl").write_text(GOOD * 30 + "{\n" + GOOD + "[\n" + GOOD * 30)
-    for workers in (1, 2):
-        with pytest.raises(UserError, match=r"a\.jsonl:31: broken JSON"):
-            build(tokenizer_dir, ["a.jsonl"], workers=workers)
-        assert files_in() == []
-
-
-@pytest.mark.parametrize("split_on", ["none", "line", "blank"])
-def test_bad_text_has_its_line(tokenizer_dir, split_on):
-    Path("a.txt").write_bytes(b"one\n\ntwo\ncaf\xe9\nfour\n")
-    with pytest.raises(UserError, match=r"a\.txt:4: invalid UTF-8"):
-        build(tokenizer_dir, ["a.txt"], split_on=split_on)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -292,11 +158,7 @@ def test_bad_arguments(tokenizer_dir, options, message):
     Path("a.csv").write_text("x")
     os.mkdir("sub")
     os.mkfifo("pipe.txt")
-    with pytest.raises(UserError) as caught:
-        build(**{"tokenizer_dir": tokenizer_dir, "inputs": ["a.jsonl"]} | options)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert files_in() == []
+    refused(message, **{"tokenizer_dir": tokenizer_dir, "inputs": ["a.jsonl"]} | options)
 
 
 def test_what_exists_is_kept_unless_it_is_the_same_or_may_go(tokenizer_dir):
@@ -437,14 +299,15 @@ def test_a_real_write_error_is_one_line(tokenizer_dir):
     assert files_in() == []
 
 
-def test_an_interrupted_run_cleans_up(tokenizer_dir):
+@pytest.mark.parametrize("seconds", [0.2, 1.5])  # while the workers start, and when they are at it
+def test_an_interrupted_run_cleans_up(tokenizer_dir, seconds):
     write_jsonl("a.jsonl", ["fox " * 500] * 20_000)
     arguments = ["--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x"]
     run = tool(*arguments, start_new_session=True)
     while "x.bin.tmp" not in files_in():
         assert run.poll() is None
         time.sleep(0.02)
-    time.sleep(1.0)  # until the workers are at it
+    time.sleep(seconds)
     os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
     _, err = run.communicate(timeout=30)
     assert (run.returncode, err) == (130, "interrupted\n")

@@ -153,18 +153,6 @@ def test_the_sample_spreads_over_files_and_positions(tmp_path, monkeypatch):
     assert sample(seed=1, wanted=size)[1]["sampled_pieces"] == 4000
 
 
-@pytest.mark.parametrize("ending", ["", "\n"])
-def test_pieces_of_a_txt_are_the_text(tmp_path, ending):
-    from megalite.data.tokenize import read_pieces
-
-    text = ("wörter und 日本語 👩‍👧 " * 30 + "\r\n") * 3 + "é" * 500 + ending
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    for size in (1, 2, 3, 7, 100, 10**6):
-        pieces = list(read_pieces(str(tmp_path / "a.txt"), "text", size))
-        assert "".join(pieces) == text
-        assert max(len(piece.encode()) for piece in pieces) <= 2 * size + 3
-
-
 def test_a_small_corpus_gives_a_smaller_vocabulary(tmp_path):
     (tmp_path / "a.txt").write_text("aaaa bbbb")
     summary = train_tokenizer([str(tmp_path / "a.txt")], 5000, tmp_path / "out", min_frequency=1)
@@ -177,7 +165,8 @@ def test_a_small_corpus_gives_a_smaller_vocabulary(tmp_path):
     [
         ({"files": ["missing.txt"]}, "no such file"),
         ({"files": ["*.nothing"]}, "no file matches"),
-        ({"files": ["empty.txt"]}, "no text"),
+        ({"files": ["empty.txt"]}, r'no text in "empty\.txt": there is nothing to train'),
+        ({"files": ["empty.txt", "blank.jsonl"]}, r'no text in "empty\.txt" and 1 more: '),
         ({"files": ["broken.jsonl"]}, r"broken\.jsonl:2: broken JSON"),
         ({"files": ["latin.txt"]}, r"latin\.txt:3: invalid UTF-8"),
         ({"vocab_size": 258}, "too small"),
@@ -196,6 +185,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, options
     monkeypatch.chdir(tmp_path)
     Path("good.txt").write_text(TEXT)
     Path("empty.txt").write_text("")
+    Path("blank.jsonl").write_text("\n")
     Path("broken.jsonl").write_text('{"text": "x"}\n{"text": \n')
     Path("latin.txt").write_bytes(b"a\nb\ncaf\xe9\n")
     arguments = {"files": ["good.txt"], "vocab_size": 300, "output_dir": "out", "special_tokens": SPECIAL} | options

@@ -1,0 +1,96 @@
+"""Activation checkpointing: it changes no number, and what it repeats and keeps."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit.tiny_model import CHECKPOINTING, loss_and_gradients, make_batch, make_stage
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the matrix products and attentions that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm"):
+            self.seen["product"] += 1
+        elif "attention" in name:
+            self.seen["attention_backward" if name.endswith("backward") else "attention"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+RECOMPUTED = {"num_layers": 3, "qk_norm": True, "tie_embeddings": False}
+
+
+def test_recomputation_changes_no_bit():
+    batch = make_batch()
+    loss, gradients = loss_and_gradients(make_stage(**RECOMPUTED), *batch)
+    for mode in CHECKPOINTING[1:]:
+        other_loss, other = loss_and_gradients(make_stage(activation_checkpointing=mode, **RECOMPUTED), *batch)
+        assert torch.equal(other_loss, loss)
+        for name, gradient in gradients.items():
+            assert torch.equal(other[name], gradient), (mode, name)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_selective_repeats_no_product_and_full_repeats_all(kv_heads):
+    counts = {}
+    for mode in CHECKPOINTING:
+        stage = make_stage(activation_checkpointing=mode, num_kv_heads=kv_heads, **RECOMPUTED)
+        with CountOperators() as counter:
+            loss_and_gradients(stage, *make_batch())
+        counts[mode] = counter.seen
+    assert counts["none"]["attention"] == 3
+    assert counts["none"]["product"] == 3 * (4 * 3 + 1)  # four in each of 3 layers and the head; two more in backward
+    assert counts["selective"] == counts["none"]
+    # Of a block's four products, backward needs no result of the last, and torch stops before it.
+    assert counts["full"] - counts["none"] == {"product": 3 * 3, "attention": 3}
+
+
+def test_evaluation_does_not_checkpoint():
+    stage = make_stage(activation_checkpointing="full", **RECOMPUTED)
+    tokens, labels, mask = make_batch()
+    with torch.no_grad():
+        assert torch.equal(stage(tokens, labels=labels, loss_mask=mask), stage(tokens, None, labels, mask))
+
+
+def bytes_kept(mode: str) -> int:
+    """What a forward pass allocates and does not free."""
+    stage = make_stage(activation_checkpointing=mode, **RECOMPUTED)
+    tokens, labels, mask = make_batch(b=4, s=32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = stage(tokens, labels=labels, loss_mask=mask)
+    del loss
+    return sum(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def test_recomputation_keeps_less():
+    kept = {mode: bytes_kept(mode) for mode in CHECKPOINTING}
+    hidden = 4 * 32 * 32 * 4  # [s, b, h] in fp32
+    assert kept["full"] < kept["selective"] < kept["none"]
+    # A block keeps far more than twenty such tensors' worth without, and one, its input, with full recomputation.
+    assert kept["none"] - kept["full"] > 3 * 10 * hidden
+
+
+def test_bf16_autocast_trains():
+    stage = make_stage(num_kv_heads=2, qk_norm=True, vocab_multiple=16)
+    batch = make_batch()
+    exact, gradients = loss_and_gradients(stage, *batch)
+    for mode in CHECKPOINTING:
+        stage.activation_checkpointing = mode
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, rough = loss_and_gradients(stage, *batch)
+        assert loss.dtype == torch.float32
+        # bf16 has 8 bits: 0.4 % a rounding, some of which a sum over 16 tokens averages away.
+        torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+        for name, gradient in rough.items():
+            assert gradient.dtype == torch.float32
+            error = (gradient - gradients[name]).norm() / gradients[name].norm()
+            assert error < 0.1, (mode, name)
