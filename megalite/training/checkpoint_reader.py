@@ -86,6 +86,8 @@ class Checkpoint:
         if not all(map(_is_index_entry, self.index.values())):
             raise self._broken("index.json", "does not give the shape and the two files of each parameter")
         self.state: dict[str, Any] = self._read_object("state.json")
+        if not _is_state(self.state):
+            raise self._broken("state.json", "does not give the step, the tokens and the position in the data")
         # The other sections tell how it was trained. Read no further, so that a key renamed there spoils no checkpoint.
         try:
             self.model = ModelConfig.model_validate(self._read_object("config.json").get("model"))
@@ -163,6 +165,14 @@ class Checkpoint:
 
 def _is_file_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    data = state.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("fingerprint"), str):
+        return False
+    counters = (state.get("step"), state.get("tokens"), data.get("seed"), data.get("consumed_samples"))
+    return all(isinstance(each, int) and each >= 0 for each in counters)
 
 
 def _is_index_entry(entry: Any) -> bool:
