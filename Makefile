@@ -11,18 +11,18 @@ TRAIN := $(BIN)/deepspeed --quiet
 .PHONY: demo test lint
 .DELETE_ON_ERROR:
 
-demo: artifacts/data/demo-train.idx
+demo: artifacts/demo/data-train.idx
 	$(TRAIN) megalite/pretrain.py --config configs/small.yaml
 	$(BIN)/python tools/generate.py --checkpoint artifacts/checkpoints/small --prompt "def " --max-new-tokens 120 --temperature 0.8 --top-p 0.95 --seed 1
 
 artifacts/demo/corpus.jsonl: | .venv/demo
 	$(BIN)/python tools/make_demo_corpus.py --output-dir artifacts/demo
 
-artifacts/tokenizer/tokenizer.json: artifacts/demo/corpus.jsonl
-	$(BIN)/python tools/train_tokenizer.py --data-files artifacts/demo/corpus.jsonl --vocab-size 4096 --output-dir artifacts/tokenizer
+artifacts/demo/tokenizer/tokenizer.json: artifacts/demo/corpus.jsonl
+	$(BIN)/python tools/train_tokenizer.py --data-files artifacts/demo/corpus.jsonl --vocab-size 4096 --output-dir artifacts/demo/tokenizer
 
-artifacts/data/demo-train.idx: artifacts/tokenizer/tokenizer.json
-	$(BIN)/python tools/preprocess_data.py --input artifacts/demo/corpus.jsonl --tokenizer-dir artifacts/tokenizer --output-prefix artifacts/data/demo --split 98,2
+artifacts/demo/data-train.idx: artifacts/demo/tokenizer/tokenizer.json
+	$(BIN)/python tools/preprocess_data.py --input artifacts/demo/corpus.jsonl --tokenizer-dir artifacts/demo/tokenizer --output-prefix artifacts/demo/data --split 98,2
 
 test: .venv/test
 	$(BIN)/python -m pytest

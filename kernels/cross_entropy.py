@@ -35,7 +35,8 @@ class _CrossEntropy(torch.autograd.Function):
         maximum = logits.detach().amax(-1, keepdim=True).to(dtype)
         if split:
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        shifted = logits.to(dtype) - maximum  # [..., v/tp]
+        # In place where the conversion has made a copy: a copy of all logits is gigabytes.
+        shifted = logits - maximum if logits.dtype == dtype else logits.to(dtype).sub_(maximum)  # [..., v/tp]
         ignored = targets == ignore_index
         here = (targets >= first) & (targets < first + local) & ~ignored
         index = torch.where(here, targets - first, 0).unsqueeze(-1)
@@ -58,6 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         probability, index, here, ignored, log_z = ctx.saved_tensors
         upstream = upstream.masked_fill(ignored, 0.0)
-        grad = probability * (upstream * (1.0 + 2.0 * ctx.z_loss * log_z)).unsqueeze(-1)
+        # In place; autograd notices the change of a saved tensor, so a second backward raises instead of being wrong.
+        grad = probability.mul_((upstream * (1.0 + 2.0 * ctx.z_loss * log_z)).unsqueeze(-1))
         grad.scatter_add_(-1, index, -(upstream * here).unsqueeze(-1))
         return grad.to(ctx.dtype), None, None, None, None

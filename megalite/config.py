@@ -131,12 +131,15 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = Field(3, description="How many of the newest checkpoints stay.")
     resume: str = Field(
         "auto",
-        description="auto: go on from the newest in output_dir, if any; a step-N folder: from that; none: afresh.",
+        description="auto: go on from the newest in output_dir, if any. A step-N folder: branch off from that. none: "
+        "start afresh, moving what is in output_dir aside (so for the first start only).",
     )
 
 
 class LoggingConfig(Section):
-    run_dir: str | None = Field(None, description="Folder of metrics.jsonl and TensorBoard; default: runs/CONFIG_NAME.")
+    run_dir: str | None = Field(
+        None, description="Folder of metrics.jsonl and TensorBoard; default: runs/NAME, NAME from output_dir."
+    )
     log_every: PositiveInt = Field(10, description="Print a line each N steps; metrics.jsonl has every step.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files under run_dir.")
     deepspeed_level: Literal["debug", "info", "warning", "error"] = Field(

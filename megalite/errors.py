@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Self
 
 
 class UserError(Exception):
@@ -11,6 +11,11 @@ class UserError(Exception):
     exit_code = 1
     on_every_rank = False
     """Whether all ranks raise it, so that one of them speaks for all."""
+
+    def everywhere(self) -> Self:
+        """The same error, marked as raised on every rank."""
+        self.on_every_rank = True
+        return self
 
 
 class ConfigError(UserError):

@@ -42,6 +42,7 @@ class LaunchEnvironment:
 
 def pick_device(local_rank: int) -> torch.device:
     """This rank's device: a GPU where torch sees one, unless DS_ACCELERATOR=cpu (DeepSpeed's own variable) says no."""
+    _share_cores()
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -51,11 +52,18 @@ def pick_device(local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's detection then neither guesses nor logs
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Every rank would take all cores, and ranks that crowd each other out are several times slower.
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))  # torchrun; deepspeed
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     return torch.device("cpu")
+
+
+def _share_cores() -> None:
+    """Divide the cores among this machine's ranks, unless OMP_NUM_THREADS does.
+
+    Else each would take them all, and ranks that crowd each other out are several times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))  # torchrun's; deepspeed's
+        if ranks.isdecimal() and int(ranks) > 0:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks)))
 
 
 @dataclass(frozen=True)
@@ -139,19 +147,19 @@ class Topology:
         failures = [failure for failure in self.gather_objects(failure) if failure]
         if failures:
             error_type, message = failures[0]
-            error = error_type(message)
-            error.on_every_rank = True
-            raise error
+            raise error_type(message).everywhere()
         return result
+
+    def on_first(self, action, *args, **kwargs) -> Any:
+        """Run `action` on rank 0 alone; every rank gets its result, or raises its `UserError`."""
+        result = self.together(lambda: action(*args, **kwargs) if self.rank == 0 else None)
+        return self.gather_objects(result)[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order. Objects of our own ranks only: they travel pickled."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.control_group)
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.config import Config
 from megalite.data.dataset import WindowDataset
 from megalite.data.documents import SUFFIXES, expand_inputs, match_paths
 from megalite.data.indexed import data_prefix
 from megalite.data.tokenize import build_indexed
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
+from megalite.topology import Topology
 
 
 def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[str]]:
@@ -54,12 +56,12 @@ def cache_prefix(texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, jso
     return f"{cache_dir}/{digest.hexdigest()[:16]}"
 
 
-def index_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json_key: str, workers: int, progress: bool
-) -> None:
+def index_texts(texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json_key: str, workers: int) -> None:
     """Tokenize text files into the cache, unless they are there; on one rank only."""
     prefix = cache_prefix(texts, tokenizer, cache_dir, json_key)
-    build_indexed(list(texts), tokenizer.folder, prefix, json_key=json_key, workers=workers, progress=progress)
+    if Path(f"{prefix}.manifest.json").exists():
+        return  # the manifest is written last
+    build_indexed(list(texts), tokenizer.folder, prefix, json_key=json_key, workers=workers)
 
 
 def check_tokenizer(dataset: WindowDataset, tokenizer: Tokenizer, key: str) -> None:
@@ -86,3 +88,32 @@ def unigram_entropy(dataset: WindowDataset, limit: int = 20_000_000) -> float:
         limit -= min(limit, source.num_tokens)
     probability = counts[counts > 0] / counts.sum()
     return float(-(probability * np.log(probability)).sum())
+
+
+def open_data(config: Config, topology: Topology) -> tuple[WindowDataset, WindowDataset | None]:
+    """(training windows, validation windows or None), after checks that every rank shares."""
+    data = config.data
+
+    def check_vocabulary() -> Tokenizer:
+        tokenizer = Tokenizer(data.tokenizer_dir)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {config.model.vocab_size}, but the tokenizer in {data.tokenizer_dir} has"
+                f" {tokenizer.vocab_size} ids; raise model.vocab_size to at least that, or train a smaller tokenizer"
+            )
+        return tokenizer
+
+    def open_windows(files: list[str], key: str, tokenizer: Tokenizer) -> WindowDataset:
+        prefixes, texts = topology.together(resolve_files, files, key)
+        if texts:
+            cached = (texts, tokenizer, data.cache_dir, data.json_key)
+            topology.on_first(index_texts, *cached, data.num_workers)
+            prefixes.append(topology.together(cache_prefix, *cached))
+        dataset = topology.together(WindowDataset, prefixes, data.block_size, config.model.vocab_size)
+        topology.together(check_tokenizer, dataset, tokenizer, key)
+        return dataset
+
+    tokenizer = topology.together(check_vocabulary)
+    train = open_windows(data.train_files, "data.train_files", tokenizer)
+    validation = open_windows(data.eval_files, "data.eval_files", tokenizer) if data.eval_files else None
+    return train, validation

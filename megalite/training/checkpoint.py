@@ -7,6 +7,8 @@ folder named step-N is complete; then `latest` names it. All ranks must see one 
 import json
 import os
 import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,21 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from megalite.config import Config
+from megalite.config import CheckpointConfig, Config, ModelConfig
 from megalite.data.indexed import atomic_write, sync_folder
 from megalite.data.tokenizer import FILES as TOKENIZER_FILES
 from megalite.errors import ConfigError, UserError
 from megalite.topology import Topology
-from megalite.training.checkpoint_reader import FORMAT, FORMAT_VERSION, MOMENTS, Checkpoint, list_checkpoints
+from megalite.training.checkpoint_reader import (
+    FORMAT,
+    FORMAT_VERSION,
+    MOMENTS,
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+)
 from megalite.training.engine import Engine
+from megalite.training.meters import first_free
 
 # A shard passes through host memory twice while it is written. Its weights are a third of this.
 SHARD_BYTES = 1 << 30
@@ -81,43 +91,43 @@ def _write_shards(
 ) -> tuple[dict[str, dict], dict[str, list]]:
     """The tensor files, shard k by data-parallel rank k mod their number; returns the manifest's entries and the index.
 
-    Gathering is collective, one parameter at a time, so a rank that cannot write goes on gathering and fails after.
+    Gathering is collective, one tensor at a time, so a rank that cannot write goes on gathering and fails after. Ranks
+    write in a thread, beside each other and beside the gathering of later shards; one shard waits at most.
     """
     shards = plan_shards(shapes)
-    written: dict[str, dict] = {}
     index: dict[str, list] = {}
-    failure: UserError | None = None
+    writing: list[Future[dict[str, dict]]] = []
     engine.begin_gather()
-    for k, names in enumerate(shards):
-        mine = topology.data_rank == k % topology.grid.data and failure is None
-        model_file, optimizer_file = (
-            f"{kind}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for kind in ("model", "optimizer")
-        )
-        weights: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for name in names:
-            tensors = engine.gather_state(name)
-            index[name] = [list(shapes[name]), model_file, optimizer_file]
+    with ThreadPoolExecutor(1) as writer:
+        for k, names in enumerate(shards):
+            mine = topology.data_rank == k % topology.grid.data
+            model_file, optimizer_file = (
+                f"{kind}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for kind in ("model", "optimizer")
+            )
+            contents: dict[str, dict[str, Tensor]] = {model_file: {}, optimizer_file: {}}
+            for name in names:
+                index[name] = [list(shapes[name]), model_file, optimizer_file]
+                for key in ("weight", *MOMENTS):
+                    tensor = engine.gather(name, key)
+                    if mine:
+                        copy = tensor.to("cpu", torch.float32, copy=True).contiguous()
+                        file, entry = (model_file, name) if key == "weight" else (optimizer_file, f"{name}.{key}")
+                        contents[file][entry] = copy
             if mine:
-                tensors = {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
-                weights[name] = tensors["weight"]
-                moments |= {f"{name}.{key}": tensors[key] for key in MOMENTS}
-        if mine:
-            try:
-                for file, content in ((model_file, weights), (optimizer_file, moments)):
-                    written[file] = _write(folder / file, to_safetensors(content))
-            except UserError as error:
-                failure = error
+                wait(writing)
+                writing.append(writer.submit(_write_shard, folder, contents))
 
-    def fail() -> None:
-        if failure is not None:
-            raise failure
+    def collect() -> dict[str, dict]:
+        return {name: entry for part in writing for name, entry in part.result().items()}
 
-    topology.together(fail)
     files: dict[str, dict] = {}
-    for part in topology.gather_objects(written):
+    for part in topology.gather_objects(topology.together(collect)):
         files |= part
     return files, index
+
+
+def _write_shard(folder: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
+    return {file: _write(folder / file, to_safetensors(tensors)) for file, tensors in contents.items()}
 
 
 def _write(path: Path, content: bytes) -> dict:
@@ -145,13 +155,22 @@ def _json(content: Any) -> bytes:
 
 
 def _publish(temporary: Path, final: Path, output_dir: Path) -> None:
+    """Give the finished folder its name. One that has it already was saved by a run killed before it wrote `latest`."""
+    old = final.with_name(f"{final.name}.old")
     try:
-        if final.exists():  # of an abandoned continuation: a run resumed from before it
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            if old.exists():
+                os.replace(old, final)
+            raise
         sync_folder(output_dir)
     except OSError as error:
         raise UserError(f"cannot rename {temporary} to {final}: {error.strerror}") from error
+    shutil.rmtree(old, ignore_errors=True)
     atomic_write(output_dir / "latest", [final.name.encode() + b"\n"])
 
 
@@ -162,28 +181,74 @@ def _prune(output_dir: Path, step: int, keep_last: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Move the checkpoints of `output_dir` into a new folder in it, for a run that starts afresh; None if none."""
-    found = list_checkpoints(output_dir)
-    if not found:
-        return None
-    number = 1
-    while (output_dir / f"replaced-{number}").exists():
-        number += 1
-    aside = output_dir / f"replaced-{number}"
+def prepare_output(output_dir: Path, first_step: int) -> Path | None:
+    """Make `output_dir` ready for a run that goes on from `first_step` (0: afresh), before it trains for hours.
+
+    Checkpoints beyond that step, of a continuation that the user goes back on, move into a new folder replaced-N,
+    which is returned; what a killed save left is removed. Raises UserError where the folder cannot be written.
+    """
+    beyond = [folder for step, folder in list_checkpoints(output_dir) if step > first_step or first_step == 0]
+    aside = None
     try:
-        aside.mkdir()
-        (output_dir / "latest").unlink(missing_ok=True)
-        for _, folder in found:
-            os.replace(folder, aside / folder.name)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for unfinished in (*output_dir.glob("step-*.tmp"), *output_dir.glob("step-*.old")):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+        if beyond:
+            aside = first_free(output_dir, "replaced-{}")
+            aside.mkdir()
+            (output_dir / "latest").unlink(missing_ok=True)
+            for folder in beyond:
+                os.replace(folder, aside / folder.name)
     except OSError as error:
-        raise UserError(f"cannot move the checkpoints of {output_dir} to {aside}: {error.strerror}") from error
+        raise UserError(f"cannot write checkpoint.output_dir {output_dir}: {error.strerror}") from error
     return aside
 
 
-def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse to continue another model's run: ConfigError naming the keys that differ."""
-    theirs, ours = checkpoint.model.model_dump(), config.model.model_dump()
+def choose_resume(config: CheckpointConfig) -> tuple[Path | None, str | None]:
+    """(the checkpoint to go on from, the one that this run branched from): None for none.
+
+    --resume PATH branches off PATH on the first start; started again with the same words, the branch goes on from its
+    own newest. An output folder that holds some other run is refused.
+    """
+    output_dir = Path(config.output_dir)
+    newest = find_checkpoint(output_dir)
+    if config.resume == "none":
+        return None, None
+    if config.resume == "auto":
+        return newest, None
+    start = find_checkpoint(Path(config.resume))
+    if start is None:
+        raise ConfigError(f"--resume {config.resume}: there is no checkpoint (a step-N folder with manifest.json)")
+    branch = str(start.resolve())
+    if newest is not None and Checkpoint(newest).state.get("branched_from") == branch:
+        return newest, branch
+    if newest is not None and start.resolve().parent != output_dir.resolve():
+        raise ConfigError(
+            f"checkpoint.output_dir: {output_dir} holds another run ({newest.name}); to continue"
+            f" {config.resume} choose an --output-dir of its own"
+        )
+    return start, branch
+
+
+def find_resume(config: Config, topology: Topology) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint to go on from, opened and checked (None: afresh), and what the run branched off; collective."""
+    # Rank 0 looks: on a network file system another node may see an older listing.
+    path, branched_from = topology.on_first(choose_resume, config.checkpoint)
+    if path is None:
+        return None, None
+    found = topology.together(Checkpoint, path)
+    topology.together(check_same_model, found, config.model)
+    return found, branched_from
+
+
+def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse to continue another model's run: ConfigError naming what differs.
+
+    Compared is what the weights and their meaning depend on, in effect, not in spelling.
+    """
+    theirs, ours = _identity(checkpoint.model), _identity(model)
     differing = [f"model.{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
     if differing:
         raise ConfigError(
@@ -192,11 +257,16 @@ def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    effective = {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "intermediate_size": model.ffn_size}
+    return model.model_dump(exclude={"init_std", "n_positions"}) | effective
+
+
 def load(checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
     """Weights and optimizer state into the engine, whatever layout wrote them; collective."""
     topology.together(checkpoint.check_shapes, {n: p.global_shape for n, p in engine.parameters.items()})
     topology.together(checkpoint.verify, topology.rank, topology.world_size)
-    engine.begin_load(checkpoint.step)
+    engine.begin_load(checkpoint.state["adam_step"])
     for name in engine.parameters:
         engine.load_state(name, checkpoint.tensors(name))
     engine.end_load()

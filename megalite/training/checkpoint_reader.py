@@ -4,10 +4,11 @@ A folder step-N holds
     model-K.safetensors        fp32 weights
     optimizer-K.safetensors    NAME.exp_avg and NAME.exp_avg_sq, fp32
     index.json                 {parameter name: [shape, model file, optimizer file]}
-    state.json                 step, tokens, data position, loss scale: all that the curve depends on besides tensors
+    state.json                 step, Adam's step, tokens, data position, loss scale: all that the curve depends on
     config.json, tokenizer/    what trained it
     manifest.json              format version, and size and SHA-256 of every file above; written last
-Beside them `latest` holds the name of the newest. `checkpoint.py` writes all this. Nothing here is ever unpickled.
+Beside them `latest` holds the name of the newest, for people and scripts. `checkpoint.py` writes all this. Nothing here
+is ever unpickled.
 """
 
 import hashlib
@@ -42,15 +43,9 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`path` itself if it is a checkpoint, else the newest in it (what `latest` names), else None."""
+    """`path` itself if it is a checkpoint, else the step-N of the highest N in it, else None."""
     if (path / "manifest.json").is_file():
         return path
-    try:
-        named = (path / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        named = ""
-    if _STEP.fullmatch(named) and (path / named).is_dir():
-        return path / named
     found = list_checkpoints(path)
     return found[-1][1] if found else None
 
@@ -171,7 +166,11 @@ def _is_state(state: dict[str, Any]) -> bool:
     data = state.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("fingerprint"), str):
         return False
-    counters = (state.get("step"), state.get("tokens"), data.get("seed"), data.get("consumed_samples"))
+    counters = (
+        *(state.get(key) for key in ("step", "adam_step", "tokens")),
+        data.get("seed"),
+        data.get("consumed_samples"),
+    )
     return all(isinstance(each, int) and each >= 0 for each in counters)
 
 

@@ -2,7 +2,7 @@
 
 DeepSpeed's engine wants to own the forward pass and counts micro-batches itself; we call the model directly and tell it
 which backward is the step's last. That leans on names that are not public, so the version is pinned and
-`tests/dist/test_zero.py` compares every ZeRO stage with plain torch.
+`tests/dist/test_pretrain.py` compares every ZeRO stage on two ranks with one process.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Engine:
     """The model, its optimizer and ZeRO; `stage` is the module that the schedule calls.
 
     build_stage() makes the model with fp32 parameters that carry `global_name`. ds_config: the user's DeepSpeed
-    settings; what MegaLite decides is added here. Raises ConfigError where precision and ZeRO do not go together.
+    settings; what MegaLite decides is added here. Precision and ZeRO must go together (`check_precision`).
     """
 
     def __init__(
@@ -67,14 +67,12 @@ class Engine:
         accumulation: int,
     ):
         training = config.training
-        zero = ds_config.get("zero_optimization", {})
-        self.zero_stage = zero.get("stage", 0)
-        self.offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
+        self.zero_stage, self.offload = zero_stage(ds_config), offload.get("device", "none") != "none"
         self.device, self.data_parallel = topology.device, topology.grid.data
         self.data_rank, self.accumulation = topology.data_rank, accumulation
         self.dtype = DTYPES[training.precision]
         self.max_grad_norm = training.max_grad_norm
-        check_precision(training.precision, self.zero_stage, self.device.type)
         _prepare(topology, config.logging.deepspeed_level)
 
         settings = {
@@ -154,7 +152,8 @@ class Engine:
     def step(self, learning_rate: float) -> tuple[float, bool]:
         """Clip, update and clear the gradients; returns (their global norm before clipping, whether it was applied).
 
-        With fp16 a step whose gradients overflow is skipped while the loss scale falls: (nan, False).
+        A step with a gradient that is not finite is not applied: (nan, False). fp16 then lowers its loss scale; in
+        other precisions the run is lost.
         """
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
@@ -164,6 +163,9 @@ class Engine:
             # In fp64, like ZeRO's own: torch's fp32 norm on CPU was seen 5e-5 off.
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.model_parallel]
             norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
+            if not torch.isfinite(norm):
+                self.engine.zero_grad()
+                return math.nan, False
             if self.max_grad_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm.float())
         self.engine.step()
@@ -184,41 +186,41 @@ class Engine:
 
     # State by global name, for checkpoints that belong to no layout.
 
-    def gather_state(self, name: str) -> dict[str, Tensor]:
-        """The full fp32 weight and moments of a parameter: {"weight", "exp_avg", "exp_avg_sq"}.
+    @property
+    def adam_step(self) -> int:
+        """How many steps were applied: skipped ones (fp16) do not count in Adam's bias correction."""
+        state = next(iter(self.adam.state.values()), {})
+        return int(state["step"]) if "step" in state else 0
 
-        Collective over the data-parallel group. Only after the first step: before it there are no moments.
+    def begin_gather(self) -> None:
+        """Before a series of `gather`: make sure that every parameter has moments to give."""
+        if not any(MOMENTS[0] in state for state in self.adam.state.values()):
+            self.begin_load(0)  # no step was applied yet, and Adam makes its moments with the first
+        self._link_moments()
+
+    def gather(self, name: str, key: str) -> Tensor:
+        """A parameter's full fp32 "weight", "exp_avg" or "exp_avg_sq". Collective over the data-parallel group.
+
+        Between `begin_gather` and the next step. At ZeRO-0 this is the tensor itself, not a copy.
         """
         parameter = self.parameters[name]
         if self.zero_stage == 0:
-            state = self.adam.state[parameter]
-            return {"weight": parameter.detach(), **{key: state[key] for key in MOMENTS}}
-        tensors = {"weight": safe_get_full_fp32_param(parameter)}
-        tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        shape = parameter.ds_shape if self.zero_stage == 3 else parameter.shape
-        return {key: tensor.detach().view(shape) for key, tensor in tensors.items()}
-
-    def begin_gather(self) -> None:
-        """Before a series of `gather_state`: let ZeRO-1 and 2 find the moments of every parameter group.
-
-        They link them when the first group has stepped, which misses the later groups.
-        """
-        if self.zero_stage in (1, 2):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+            return parameter.detach() if key == "weight" else self.adam.state[parameter][key]
+        full = safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
+        return full.detach().view(parameter.ds_shape if self.zero_stage == 3 else parameter.shape)
 
     def begin_load(self, step: int) -> None:
-        """Before a series of `load_state`: make the moments, which do not exist before the first step."""
+        """Before a series of `load_state`: make the moments, zero, as after `step` applied steps."""
         masters = self._flat_masters() if self.zero_stage else list(self.parameters.values())
         for flat in masters:
             self.adam.state[flat] = {
                 "step": torch.tensor(float(step), device=flat.device),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        self.begin_gather()
+        self._link_moments()
 
     def load_state(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `gather_state`, with full tensors on every rank."""
+        """The inverse of `gather`: {"weight", "exp_avg", "exp_avg_sq"}, full tensors on every rank."""
         parameter = self.parameters[name]
         if self.zero_stage == 0:
             parameter.data.copy_(tensors["weight"])
@@ -248,6 +250,15 @@ class Engine:
         elif self.zero_stage:
             self.optimizer.update_lp_params()
 
+    def _link_moments(self) -> None:
+        """Let ZeRO-1 and 2 find the moments of every parameter group.
+
+        They link them when the first group has stepped, which misses the later groups.
+        """
+        if self.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
     def _flat_masters(self) -> list[Tensor]:
         """ZeRO's own fp32 tensors, which are what Adam has its state for."""
         names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
@@ -269,7 +280,12 @@ class Engine:
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+def zero_stage(ds_config: dict) -> int:
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
 def check_precision(precision: str, zero_stage: int, device: str) -> None:
+    """Refuse, with a ConfigError, fp16 where nothing scales the loss."""
     if precision == "fp16" and device == "cpu":
         raise ConfigError("training.precision: fp16 needs a GPU; use fp32 or bf16 here")
     if precision == "fp16" and zero_stage == 0:

@@ -1,12 +1,13 @@
 """What a run tells: a progress bar on a terminal or plain lines in a log, metrics.jsonl, TensorBoard."""
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -20,7 +21,7 @@ class Meters:
     """Only rank 0 writes; on other ranks every method does nothing.
 
     resumed_step: the step that the run goes on from; what an earlier try logged beyond it is dropped, so metrics.jsonl
-    holds each step once.
+    holds each step once. A run from step 0 renames metrics that are there to metrics-1.jsonl.
     """
 
     def __init__(
@@ -29,11 +30,14 @@ class Meters:
         self.active = rank == 0
         self.log_every, self.max_steps, self.done = log_every, max_steps, resumed_step
         self._bar = self._tensorboard = None
+        self._failed: set[str] = set()  # files that were complained about
         if not self.active:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
+            if resumed_step == 0 and path.exists():
+                os.replace(path, first_free(run_dir, "metrics-{}.jsonl"))  # another run's, or an earlier try's
             _drop_after(path, resumed_step)
             self._metrics = open(path, "a")  # noqa: SIM115  lives as long as the run
             self._log = open(run_dir / "train.log", "a")  # noqa: SIM115
@@ -56,19 +60,14 @@ class Meters:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        self._write(self._log, text)
 
     def record(self, values: dict[str, Any]) -> None:
         """One step's metrics: a line of metrics.jsonl, TensorBoard scalars, and now and then a line or the bar."""
         if not self.active:
             return
         step = self.done = values["step"]
-        try:
-            self._metrics.write(json.dumps({key: _strict(value) for key, value in values.items()}) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._metrics.name}: {error.strerror}") from error
+        self._write(self._metrics, json.dumps({key: _strict(value) for key, value in values.items()}))
         if self._tensorboard is not None:
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
@@ -83,8 +82,17 @@ class Meters:
             text = f"step {step}/{self.max_steps}  {line}  grad norm {_short(values['grad_norm'])}"
             if self._bar is None:
                 print(f"{text}  {self._time_left()} left", flush=True)
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._write(self._log, text)
+
+    def _write(self, file: TextIO, line: str) -> None:
+        """Append a line. A full disk costs the log and not the run: saving a checkpoint decides about that."""
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            if file.name not in self._failed:
+                self._failed.add(file.name)
+                print(f"warning: cannot write {file.name}: {error.strerror}; training goes on", file=sys.stderr)
 
     def _time_left(self) -> str:
         """Of the whole run, evaluation and saving included."""
@@ -99,6 +107,11 @@ class Meters:
                 self._tensorboard.close()
             self._metrics.close()
             self._log.close()
+
+
+def first_free(folder: Path, pattern: str) -> Path:
+    """folder / pattern with the lowest number from 1 whose name is not taken."""
+    return next(path for path in (folder / pattern.format(n) for n in itertools.count(1)) if not path.exists())
 
 
 def _strict(value: Any) -> Any:

@@ -22,6 +22,9 @@ from megalite.training.engine import Engine
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.meters import Meters, memory_bytes
 
+# The dynamic loss scale halves with each overflow: 2^16 to below 1 takes 17 steps, and more cannot help.
+MAX_SKIPPED_FP16 = 20
+
 
 class Trainer:
     """Takes an engine from the step that `resume` finds to `max_steps`."""
@@ -40,16 +43,21 @@ class Trainer:
         self.schedule = one_stage(loader.accumulation)
         self.step = 0
         self.tokens = 0
+        self.skipped_in_a_row = 0
+        self.branched_from: str | None = None
         self.output_dir = Path(config.checkpoint.output_dir)
         self.flops_per_token = flops_per_token(config.model, config.data.block_size)
         on_gpu = topology.device.type == "cuda"
-        self.peak = peak_tflops(torch.cuda.get_device_name(topology.device)) if on_gpu else None
+        half = config.training.precision != "fp32"  # the known peaks are those of half precision
+        self.peak = peak_tflops(torch.cuda.get_device_name(topology.device)) if on_gpu and half else None
         self.meters: Meters
 
-    def resume(self, found: Checkpoint | None) -> None:
-        """Go on from a checkpoint: weights, optimizer, position in the data, counters."""
-        if found is None:
-            return
+    def resume(self, found: Checkpoint, branched_from: str | None) -> None:
+        """Go on from a checkpoint: weights, optimizer, position in the data, counters.
+
+        branched_from: what `checkpoint.choose_resume` says.
+        """
+        self.branched_from = branched_from
         checkpoint.load(found, self.engine, self.topology)
         self.topology.together(self.loader.load_state_dict, found.state["data"])
         self.step, self.tokens = found.state["step"], found.state["tokens"]
@@ -70,7 +78,7 @@ class Trainer:
                 if record["eval_loss"] is not None:
                     meters.print(
                         f"step {self.step}  validation loss {record['eval_loss']:.4f}"
-                        f"  perplexity {math.exp(record['eval_loss']):.2f}"
+                        f"  perplexity {perplexity(record['eval_loss']):.2f}"
                     )
             meters.record(record)
             if last or (save_every and self.step % save_every == 0):
@@ -80,10 +88,12 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step over the global batch; returns its metrics."""
         started = time.perf_counter()
-        batches = [batch.to(self.topology.device, non_blocking=True) for batch in self.loader.next_step()]
+        batches = self.loader.next_step()
+        valid = torch.stack([batch.loss_mask.sum() for batch in batches]).sum(dtype=torch.float64)
+        batches = [batch.to(self.topology.device) for batch in batches]
         # Divided by the valid tokens of the global batch, the loss is the same in every layout. DeepSpeed averages
         # gradients over the data-parallel ranks, which the factor undoes.
-        valid = self._sum_over_data(torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()).item()
+        valid = self._sum_over_data(valid.to(self.topology.device)).item()
         scale = self.topology.grid.data / max(valid, 1.0)
 
         self.engine.begin_step()
@@ -95,12 +105,12 @@ class Trainer:
         )
         loss = self._sum_over_data(loss_sum).item() / max(valid, 1.0)
         if not math.isfinite(loss):
-            raise ConfigError(
-                f"the loss is {loss} at step {self.step + 1}: lower training.learning_rate or lengthen"
-                " training.warmup_steps; the last checkpoint is untouched"
-            )
+            raise self._diverged(f"the loss is {loss}")
         learning_rate = learning_rate_at(self.step + 1, self.config.training, self.max_steps)
         grad_norm, applied = self.engine.step(learning_rate)
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > (MAX_SKIPPED_FP16 if self.config.training.precision == "fp16" else 0):
+            raise self._diverged("the gradient is not finite")
 
         self.step += 1
         tokens = self.loader.global_batch * self.config.data.block_size
@@ -144,14 +154,27 @@ class Trainer:
         started = time.perf_counter()
         state = {
             "step": self.step,
+            "adam_step": self.engine.adam_step,
             "tokens": self.tokens,
             "data": self.loader.state_dict(),
             "loss_scale": self.engine.loss_scale_state(),
+            "branched_from": self.branched_from,
         }
         folder = checkpoint.save(self.output_dir, self.step, self.engine, self.topology, state, self.config)
         self.meters.print(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
+
+    def _diverged(self, what: str) -> ConfigError:
+        """Every rank sees the same sums, so every rank raises this, before a checkpoint could hold such weights."""
+        return ConfigError(
+            f"{what} at step {self.step + 1}: lower training.learning_rate or lengthen training.warmup_steps,"
+            " and start again from the last checkpoint, or afresh with --no-resume"
+        ).everywhere()
 
     def _sum_over_data(self, value: Tensor) -> Tensor:
         """The sum over the data-parallel ranks of a tensor on the device."""
         dist.all_reduce(value, group=self.topology.data_group)
         return value
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # exp overflows a double at 709

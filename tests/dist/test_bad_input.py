@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.dist.conftest import environment
 
@@ -107,7 +108,30 @@ def test_damaged_checkpoint_is_named(job, trained):
     refused(job, "refused", 1, model.name, "--resume", arguments=arguments)
     model.write_bytes(content[:-100])
     refused(job, "refused", 1, model.name, "bytes", arguments=arguments)
-    refused(job, "refused", 1, "nowhere", arguments=["--resume", str(job.root / "nowhere")])
+    refused(job, "refused", 78, "nowhere", arguments=["--resume", str(job.root / "nowhere")])
+
+
+def test_a_branch_does_not_write_into_another_run(job, trained):
+    other = shutil.copytree(trained, job.root / "other-run")
+    arguments = ["--resume", str(trained / "step-2"), "--output-dir", str(other)]
+    refused(job, "refused", 78, "other-run", "holds another run", arguments=arguments)
+    assert sorted(path.name for path in other.iterdir()) == ["latest", "step-2", "step-4"]
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "3"])
+def test_numbers_that_are_lost_end_the_run_and_are_not_saved(job, zero):
+    name = f"diverged-{zero}"
+    arguments = ["--zero", zero, "--learning-rate", "1e30", "--warmup-steps", "0", "--save-every", "1"]
+    refused(job, name, 78, "at step", "training.learning_rate", arguments=arguments, launcher="deepspeed", ranks=2)
+    for file in (job.root / name / "checkpoints").glob("step-*/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
+
+
+def test_output_folder_that_cannot_be_written_is_noticed_first(job):
+    file = job.root / "a-file"
+    file.write_text("")
+    refused(job, "unwritable", 1, "output_dir", arguments=["--output-dir", str(file / "x")])
+    assert job.metrics("unwritable") == []
 
 
 def test_disk_that_fills_up_while_saving(job):

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from tests.dist.conftest import environment
+from tests.dist.conftest import REPOSITORY, environment
 
 pytestmark = pytest.mark.dist
 
@@ -40,10 +40,29 @@ def test_one_rank_learns(one_rank):
     assert one_rank[-1]["tokens"] == 10 * 8 * 32
 
 
+@pytest.fixture(scope="module")
+def gathered(job) -> str:
+    """ZeRO-3 that partitions every parameter: at the usual threshold, the tiny model's stay whole."""
+    settings = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    zero = {"param_persistence_threshold": 0, "prefetch_bucket_size": 3000, "max_live_parameters": 10000}
+    settings["zero_optimization"] |= {f"stage3_{key}": value for key, value in zero.items()}
+    path = job.root / "gathered.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
 @pytest.mark.parametrize("ds_config", DS_CONFIGS)
 def test_two_ranks_equal_one(job, one_rank, ds_config):
     arguments = ("--deepspeed", f"ds_configs/{ds_config}.json")
     metrics = job.train(f"two-{ds_config}", *arguments, launcher="deepspeed", ranks=2)
+    assert_same_curve(metrics, one_rank, RELATIVE)
+
+
+def test_two_ranks_that_gather_every_parameter_equal_one(job, one_rank, gathered):
+    arguments = ("--deepspeed", gathered, "--activation-checkpointing", "selective", "--eval-every", "4")
+    metrics = job.train("two-gathered", *arguments, launcher="deepspeed", ranks=2)
+    for line in metrics[:-1]:
+        line.pop("eval_loss", None)
     assert_same_curve(metrics, one_rank, RELATIVE)
 
 
@@ -68,15 +87,17 @@ def test_bf16_and_recompute_stay_near_fp32(job, one_rank):
         ("python", 1, ["--zero", "1"]),
         ("deepspeed", 2, ["--zero", "2", "--precision", "bf16"]),
         ("deepspeed", 2, ["--deepspeed", "ds_configs/zero3_offload.json"]),
+        ("torchrun", 2, ["--activation-checkpointing", "full", "--deepspeed", "gathered"]),
     ],
 )
-def test_killed_and_resumed_equals_never_killed(job, launcher, ranks, arguments):
+def test_killed_and_resumed_equals_never_killed(job, gathered, launcher, ranks, arguments):
     name = f"{launcher}-{ranks}-{len(arguments)}"
+    arguments = [gathered if each == "gathered" else each for each in arguments]
     arguments = ["--save-every", "4", *arguments]
     whole = job.train(f"whole-{name}", *arguments, launcher=launcher, ranks=ranks)
     job.kill_at(f"killed-{name}", 6, *arguments, launcher=launcher, ranks=ranks)
     resumed = job.train(f"killed-{name}", *arguments, launcher=launcher, ranks=ranks)
-    assert "resumed from" in (job.root / f"killed-{name}" / "train.log").read_text()
+    assert "resumed   from" in (job.root / f"killed-{name}" / "train.log").read_text()
     keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
     assert [[line.get(key) for key in keys] for line in resumed] == [[line.get(key) for key in keys] for line in whole]
 
@@ -109,8 +130,23 @@ def test_no_resume_sets_old_checkpoints_aside_and_resume_goes_back(job):
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
     assert (folder / "replaced-1" / "step-4" / "manifest.json").exists()
     assert (folder / "latest").read_text() == "step-4\n"
+    assert (job.root / "afresh" / "metrics-1.jsonl").exists()
     back = job.train("afresh", *short, "--resume", str(folder / "step-2"))
     assert [line["loss"] for line in back] == [line["loss"] for line in first]
+    assert (folder / "replaced-2" / "step-4" / "manifest.json").exists()
+
+
+def test_branch_started_again_goes_on_from_its_own_newest(job):
+    steady = ("--lr-schedule", "constant", "--save-every", "2")
+    trunk = job.train("trunk", *steady, "--max-steps", "4")
+    branch = (*steady, "--resume", str(job.root / "trunk" / "checkpoints" / "step-2"))
+    job.train("branch", *branch, "--max-steps", "4")
+    metrics = job.train("branch", *branch, "--max-steps", "6")
+    log = (job.root / "branch" / "train.log").read_text()
+    assert f"{job.root}/trunk/checkpoints/step-2, step 2" in log
+    assert f"{job.root}/branch/checkpoints/step-4, step 4" in log
+    assert [line["step"] for line in metrics] == [3, 4, 5, 6]
+    assert [line["loss"] for line in metrics[:2]] == [line["loss"] for line in trunk[2:]]
 
 
 def test_text_epochs_and_keep_last(job):

@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, model: ModelConfig, tokenizer_dir: Path | Non
         index |= {name: [list(weights[name].shape), model_file, optimizer_file] for name in part}
     write_json(folder / "index.json", index)
     data = {"fingerprint": "0" * 64, "seed": 1234, "consumed_samples": 8}
-    write_json(folder / "state.json", {"step": 1, "tokens": 0, "data": data, "loss_scale": None})
+    write_json(folder / "state.json", {"step": 1, "adam_step": 1, "tokens": 0, "data": data, "loss_scale": None})
     write_json(folder / "config.json", Config(model=model).model_dump())
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, folder / "tokenizer")

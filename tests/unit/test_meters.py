@@ -114,7 +114,28 @@ def test_a_place_that_cannot_be_written_is_the_users_to_mend(tmp_path):
         make(tmp_path / "file" / "run")
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot write .*run: Is a directory"):
-        make(tmp_path / "run")
+        make(tmp_path / "run", resumed_step=1)
+
+
+def test_a_new_run_keeps_the_metrics_of_the_old(tmp_path):
+    for _ in range(3):
+        record(tmp_path, [1, 2])
+    assert steps_in(tmp_path) == [1, 2]
+    assert sorted(path.name for path in tmp_path.glob("metrics*")) == [
+        "metrics-1.jsonl",
+        "metrics-2.jsonl",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path, capsys):
+    meters = make(tmp_path)
+    meters._metrics.close()
+    meters._metrics = open("/dev/full", "w")  # noqa: SIM115
+    for step in (1, 2):
+        meters.record({"step": step, **VALUES})
+    error = capsys.readouterr().err
+    assert error == "warning: cannot write /dev/full: No space left on device; training goes on\n"
 
 
 def test_a_file_in_tensorboards_place_is_the_users_to_mend(tmp_path):

@@ -1,0 +1,92 @@
+"""What a run says of itself at its start and its end, and the files that tell what ran."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from megalite.config import Config
+from megalite.config_loader import LoadedConfig, format_config
+from megalite.data.dataset import WindowDataset
+from megalite.data.loader import TrainLoader
+from megalite.data.sources import unigram_entropy
+from megalite.errors import UserError
+from megalite.model.flops import count_parameters, predict_memory
+from megalite.topology import Topology
+from megalite.training.engine import Engine
+from megalite.training.trainer import perplexity
+
+
+def banner(
+    config: Config,
+    topology: Topology,
+    engine: Engine,
+    loader: TrainLoader,
+    validation: WindowDataset | None,
+    max_steps: int,
+    run_dir: Path,
+) -> str:
+    """What is about to run, in a few lines."""
+    model, training, data = config.model, config.training, config.data
+    memory = predict_memory(
+        model,
+        zero_stage=engine.zero_stage,
+        offload=engine.offload,
+        data_parallel=topology.grid.data,
+        low_precision=training.precision != "fp32",
+        micro_batch=training.per_device_train_batch_size,
+        sequence=data.block_size,
+        recompute=training.activation_checkpointing,
+    )
+    global_batch, windows = loader.global_batch, len(loader.dataset)
+    tokens = global_batch * data.block_size
+    evaluated = "no validation data" if validation is None else f"{len(validation):,} sequences of validation data"
+    epochs = max_steps * global_batch / windows
+    zero = f"ZeRO-{engine.zero_stage}{' with CPU offload' if engine.offload else ''}"
+    return "\n".join(
+        [
+            f"MegaLite  {count_parameters(model) / 1e6:,.2f} M parameters: {model.num_layers} layers, hidden"
+            f" {model.hidden_size}, {model.num_heads} heads ({model.kv_heads} KV), vocabulary {model.vocab_size}",
+            f"layout    {topology.world_size} x {topology.device.type}: data {topology.grid.data}, tensor"
+            f" {topology.grid.tensor}, pipeline {topology.grid.pipeline}; {zero}, {training.precision}, activation"
+            f" checkpointing {training.activation_checkpointing}",
+            f"batch     {training.per_device_train_batch_size} sequences a device x {engine.accumulation} accumulated x"
+            f" {topology.grid.data} ranks = {global_batch} of {data.block_size} tokens = {tokens:,} tokens a step",
+            f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens = {epochs:.2f} epochs of"
+            f" {windows:,} sequences; {evaluated}",
+            f"memory    about {memory['total'] / 2**30:.2f} GiB a device predicted: {memory['states'] / 2**30:.2f}"
+            f" weights, gradients and optimizer, {memory['activations'] / 2**30:.2f} activations",
+            f"writes    {config.checkpoint.output_dir} (checkpoints), {run_dir} (metrics)",
+        ]
+    )
+
+
+def write_run_files(run_dir: Path, loaded: LoadedConfig, topology: Topology) -> None:
+    """config.yaml, with where each value came from, and environment.json."""
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else platform.processor() or "cpu",
+        "world_size": topology.world_size,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+    try:
+        (run_dir / "config.yaml").write_text(format_config(loaded))
+        (run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run_dir}: {error.strerror}") from error
+
+
+def summary(result: dict[str, float | None], step: int, validation: WindowDataset | None) -> str:
+    """The last line: how good the model is, beside what knowing only token frequencies would give."""
+    loss = result["eval_loss"]
+    if loss is None or validation is None:
+        return f"done at step {step}" + (f": training loss {result['loss']:.4f}" if result["loss"] else "")
+    return (
+        f"done at step {step}: validation loss {loss:.4f} nats a token (perplexity {perplexity(loss):.1f});"
+        f" the unigram entropy of the validation data is {unigram_entropy(validation):.4f}"
+    )
