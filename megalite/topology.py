@@ -162,6 +162,8 @@ class Topology:
         return values
 
     def close(self) -> None:
+        """Once all ranks are here: rank 0 may serve the store that the others' groups rest on."""
+        dist.barrier(group=self.control_group)
         dist.destroy_process_group()
 
     # The mpu that DeepSpeed calls.

@@ -11,6 +11,7 @@ import termios
 
 import pytest
 
+from megalite.training.checkpoint_reader import Checkpoint, find_checkpoint
 from tests.dist.conftest import REPOSITORY, environment
 
 pytestmark = pytest.mark.dist
@@ -27,6 +28,17 @@ def assert_same_curve(ours: list[dict], reference: list[dict], relative: float) 
         assert ("eval_loss" in line) == ("eval_loss" in expected)
         for key in {"loss", "grad_norm", "learning_rate", "eval_loss"} & set(expected):
             assert line[key] == pytest.approx(expected[key], rel=relative, abs=0), (key, line["step"])
+
+
+def assert_same_state(job, ours: str, reference: str, relative: float) -> None:
+    """The same weights and moments, parameter by parameter; exp_avg is a running sum of each parameter's gradients."""
+    ours, reference = (Checkpoint(find_checkpoint(job.root / name / "checkpoints")) for name in (ours, reference))
+    assert set(ours.index) == set(reference.index)
+    for name in reference.index:
+        expected = reference.tensors(name)
+        for key, tensor in ours.tensors(name).items():
+            error = (tensor - expected[key]).norm() / expected[key].norm()
+            assert error < relative, (name, key, error)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +68,7 @@ def test_two_ranks_equal_one(job, one_rank, ds_config):
     arguments = ("--deepspeed", f"ds_configs/{ds_config}.json")
     metrics = job.train(f"two-{ds_config}", *arguments, launcher="deepspeed", ranks=2)
     assert_same_curve(metrics, one_rank, RELATIVE)
+    assert_same_state(job, f"two-{ds_config}", "one-rank", 10 * RELATIVE)
 
 
 def test_two_ranks_that_gather_every_parameter_equal_one(job, one_rank, gathered):
