@@ -19,7 +19,8 @@ from megalite.errors import UserError, run_main
 
 SHORTEST = 200  # characters; what is shorter is mostly an empty __init__.py
 LEAST_BYTES = 1_000_000  # of text: a model can't be shown to learn from less
-INSTALLED = {"site-packages", "dist-packages"}  # not the standard library
+# Installed packages are not the standard library, and `encodings` is tables of numbers, which a sample then imitates.
+EXCLUDED = {"site-packages", "dist-packages", "encodings"}
 
 
 def documents(folder: Path) -> Iterator[tuple[str, str]]:
@@ -27,7 +28,7 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
     seen = set()
     for path in sorted(folder.rglob("*.py"), key=lambda each: each.relative_to(folder).as_posix()):
         name = path.relative_to(folder)
-        if INSTALLED.intersection(name.parts):
+        if EXCLUDED.intersection(name.parts):
             continue
         try:
             content = path.read_bytes()
