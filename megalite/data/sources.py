@@ -75,17 +75,16 @@ def check_tokenizer(dataset: WindowDataset, tokenizer: Tokenizer, key: str) -> N
             )
 
 
-def unigram_entropy(dataset: WindowDataset, limit: int = 20_000_000) -> float:
-    """Entropy in nats of the token frequencies of (at most `limit` tokens of) a dataset.
+def unigram_entropy(dataset: WindowDataset, windows: int | None = None) -> float:
+    """Entropy in nats of the token frequencies of the labels of a dataset's first `windows` (None: all).
 
-    The loss of the best model that ignores context: a trained model is to be well below.
+    The least loss that is possible there without looking at the context: a trained model is to be well below.
     """
     counts = np.zeros(0, dtype=np.int64)
-    for source in dataset.sources:
-        found = np.bincount(source.tokens[:limit])
-        size = max(len(counts), len(found))
-        counts = np.pad(counts, (0, size - len(counts))) + np.pad(found, (0, size - len(found)))
-        limit -= min(limit, source.num_tokens)
+    for i in range(len(dataset) if windows is None else min(windows, len(dataset))):
+        found = np.bincount(dataset[i][1:], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
     probability = counts[counts > 0] / counts.sum()
     return float(-(probability * np.log(probability)).sum())
 

@@ -58,25 +58,12 @@ def save(
     final = output_dir / f"step-{step}"
     temporary = output_dir / f"step-{step}.tmp"
 
-    def make_folder() -> None:
-        if topology.rank == 0:
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"cannot write {temporary}: {error.strerror}") from error
-
     try:
-        topology.together(make_folder)
+        topology.on_first(_make_folder, temporary)
         shapes = {name: p.global_shape for name, p in engine.parameters.items()}
         files, index = _write_shards(temporary, shapes, engine, topology)
-
-        def finish() -> None:
-            if topology.rank == 0:
-                _write_rest(temporary, files, index, state, config)
-                _publish(temporary, final, output_dir)
-
-        topology.together(finish)
+        topology.on_first(_write_rest, temporary, files, index, state, config)
+        topology.on_first(_publish, temporary, final, output_dir)
     except UserError:
         if topology.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -84,6 +71,14 @@ def save(
     if topology.rank == 0:
         _prune(output_dir, step, config.checkpoint.keep_last)
     return final
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _write_shards(
@@ -110,9 +105,8 @@ def _write_shards(
                 for key in ("weight", *MOMENTS):
                     tensor = engine.gather(name, key)
                     if mine:
-                        copy = tensor.to("cpu", torch.float32, copy=True).contiguous()
                         file, entry = (model_file, name) if key == "weight" else (optimizer_file, f"{name}.{key}")
-                        contents[file][entry] = copy
+                        contents[file][entry] = tensor.to("cpu", torch.float32).contiguous()
             if mine:
                 wait(writing)
                 writing.append(writer.submit(_write_shard, folder, contents))
@@ -222,7 +216,7 @@ def choose_resume(config: CheckpointConfig) -> tuple[Path | None, str | None]:
     if start is None:
         raise ConfigError(f"--resume {config.resume}: there is no checkpoint (a step-N folder with manifest.json)")
     branch = str(start.resolve())
-    if newest is not None and Checkpoint(newest).state.get("branched_from") == branch:
+    if newest is not None and _branched_from(newest) == branch:
         return newest, branch
     if newest is not None and start.resolve().parent != output_dir.resolve():
         raise ConfigError(
@@ -230,6 +224,13 @@ def choose_resume(config: CheckpointConfig) -> tuple[Path | None, str | None]:
             f" {config.resume} choose an --output-dir of its own"
         )
     return start, branch
+
+
+def _branched_from(folder: Path) -> str | None:
+    try:
+        return Checkpoint(folder).state.get("branched_from")
+    except UserError:  # a damaged newest is what --resume with an older one is for
+        return None
 
 
 def find_resume(config: Config, topology: Topology) -> tuple[Checkpoint | None, str | None]:
@@ -240,7 +241,7 @@ def find_resume(config: Config, topology: Topology) -> tuple[Checkpoint | None, 
         return None, None
     found = topology.together(Checkpoint, path)
     topology.together(check_same_model, found, config.model)
-    return found, branched_from
+    return found, branched_from or found.state.get("branched_from")
 
 
 def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:

@@ -81,12 +81,14 @@ def write_run_files(run_dir: Path, loaded: LoadedConfig, topology: Topology) -> 
         raise UserError(f"cannot write {run_dir}: {error.strerror}") from error
 
 
-def summary(result: dict[str, float | None], step: int, validation: WindowDataset | None) -> str:
+def summary(
+    result: dict[str, float | None], step: int, validation: WindowDataset | None, eval_sequences: int | None
+) -> str:
     """The last line: how good the model is, beside what knowing only token frequencies would give."""
     loss = result["eval_loss"]
     if loss is None or validation is None:
         return f"done at step {step}" + (f": training loss {result['loss']:.4f}" if result["loss"] else "")
     return (
         f"done at step {step}: validation loss {loss:.4f} nats a token (perplexity {perplexity(loss):.1f});"
-        f" the unigram entropy of the validation data is {unigram_entropy(validation):.4f}"
+        f" without context, at best {unigram_entropy(validation, eval_sequences):.4f} (unigram entropy)"
     )

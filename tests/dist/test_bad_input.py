@@ -108,6 +108,11 @@ def test_damaged_checkpoint_is_named(job, trained):
     refused(job, "refused", 1, model.name, "--resume", arguments=arguments)
     model.write_bytes(content[:-100])
     refused(job, "refused", 1, model.name, "bytes", arguments=arguments)
+    # The way out that the line names.
+    steady = ["--lr-schedule", "constant", "--max-steps", "4"]
+    metrics = job.train("mended", *arguments, *steady, "--resume", str(folder / "step-2"))
+    assert [line["step"] for line in metrics] == [3, 4]
+    assert (folder / "replaced-1" / "step-4").is_dir()
     refused(job, "refused", 78, "nowhere", arguments=["--resume", str(job.root / "nowhere")])
 
 

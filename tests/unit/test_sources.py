@@ -1,0 +1,47 @@
+"""What data.train_files and data.eval_files become."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megalite.data.dataset import WindowDataset
+from megalite.data.sources import cache_prefix, check_tokenizer, index_texts, unigram_entropy
+from megalite.data.tokenizer import Tokenizer
+from megalite.errors import ConfigError
+from tests.unit.test_dataset import make_source
+
+
+def test_unigram_entropy_of_the_windows_that_are_evaluated(tmp_path):
+    uniform, constant = [0, 1, 2, 3] * 4, [7] * 9
+    data = WindowDataset([make_source(tmp_path, "a", [3, *uniform, *constant])], block_size=8)
+    assert unigram_entropy(data, 2) == pytest.approx(math.log(4))
+    assert unigram_entropy(data, 1000) == unigram_entropy(data)
+    # 16 labels uniform over four tokens, 8 of a fifth.
+    assert unigram_entropy(data) == pytest.approx(4 / 6 * math.log(6) + 1 / 3 * math.log(3))
+
+
+def test_text_is_indexed_once_and_again_when_it_changes(tmp_path, tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    text = tmp_path / "a.txt"
+    text.write_text("fox " * 100)
+    cache = (tokenizer, str(tmp_path / "cache"), "text")
+    index_texts([str(text)], *cache, workers=1)
+    prefix = cache_prefix([str(text)], *cache)
+    built = Path(f"{prefix}.bin").stat().st_mtime_ns
+    index_texts([str(text)], *cache, workers=1)
+    assert Path(f"{prefix}.bin").stat().st_mtime_ns == built
+    text.write_text("dog " * 101)
+    assert cache_prefix([str(text)], *cache) != prefix
+    assert cache_prefix([str(text)], tokenizer, str(tmp_path / "cache"), "body") != prefix
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    own = WindowDataset([make_source(tmp_path, "a", [0] * 9, tokenizer=tokenizer.sha256)], block_size=4)
+    check_tokenizer(own, tokenizer, "data.train_files")
+    unknown = WindowDataset([make_source(tmp_path, "b", [0] * 9)], block_size=4)
+    check_tokenizer(unknown, tokenizer, "data.train_files")
+    other = WindowDataset([make_source(tmp_path, "c", [0] * 9, tokenizer="0" * 64)], block_size=4)
+    with pytest.raises(ConfigError, match=r"^data\.eval_files: .*c was made with another tokenizer"):
+        check_tokenizer(other, tokenizer, "data.eval_files")
