@@ -45,6 +45,7 @@ class Job:
     text: Path
     tokenizer: Path
     config: Path
+    accelerator: str = "cpu"
 
     def command(self, name: str, *arguments: str, launcher: str = "python", ranks: int = 1) -> list[str]:
         prefix = self.root / "data"
@@ -65,7 +66,7 @@ class Job:
 
     def run(self, name: str, *arguments: str, timeout: float = 180, **options) -> Finished:
         """Train to the end, or to an error."""
-        return run(self.command(name, *arguments, **options), timeout)
+        return run(self.command(name, *arguments, **options), timeout, self.accelerator)
 
     def train(self, name: str, *arguments: str, **options) -> list[dict]:
         """Train, which has to succeed; returns the lines of metrics.jsonl."""
@@ -81,7 +82,7 @@ class Job:
         """Start a run, and kill -9 all of its processes once it has logged `step`."""
         process = subprocess.Popen(
             self.command(name, *arguments, **options),
-            env=environment(),
+            env=environment(self.accelerator),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -109,16 +110,16 @@ def kill_session(session: int) -> None:
                 continue
 
 
-def run(command: list[str], timeout: float = 180, **options) -> Finished:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, **options)
+def run(command: list[str], timeout: float = 180, accelerator: str = "cpu") -> Finished:
+    done = subprocess.run(command, env=environment(accelerator), capture_output=True, text=True, timeout=timeout)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def environment() -> dict[str, str]:
+def environment(accelerator: str = "cpu") -> dict[str, str]:
     """No launcher's variables of an outer run, and one thread a rank."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator}
 
 
 def free_port() -> int:
