@@ -113,7 +113,7 @@ class TrainingConfig(Section):
     )
     eval_every: PositiveInt | None = Field(None, description="Evaluate each N steps; always at the end.")
     eval_sequences: PositiveInt | None = Field(
-        None, description="Sequences of one evaluation, from the start of the validation set; default: all of it."
+        None, description="Sequences of one evaluation, evenly spread over the validation set; default: all of it."
     )
     timeout_minutes: Annotated[float, Field(gt=0)] = Field(
         30.0, description="A collective that waits longer for another rank ends the run."

@@ -77,6 +77,12 @@ class WindowDataset:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def evaluated_windows(total: int, limit: int | None) -> list[int]:
+    """At most `limit` of the windows 0 .. total - 1, evenly spread: the first ones may all be of one long document."""
+    count = total if limit is None else min(limit, total)
+    return [i * total // count for i in range(count)]
+
+
 class KeyedPermutation:
     """A bijection of [0, n) keyed by (seed, epoch): no table, O(1) memory and time, any n from 1.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megalite.data.batch import Batch
-from megalite.data.dataset import KeyedPermutation, WindowDataset
+from megalite.data.dataset import KeyedPermutation, WindowDataset, evaluated_windows
 from megalite.errors import UserError
 
 
@@ -92,17 +92,17 @@ class TrainLoader:
 def eval_batches(
     dataset: WindowDataset, micro_batch: int, dp_rank: int, dp_size: int, windows: int | None = None
 ) -> Iterator[Batch]:
-    """This rank's batches [b, s] of one pass over `dataset` in order, or over its first `windows`.
+    """This rank's batches [b, s] of one pass over `dataset` in order, or over `windows` of it (`evaluated_windows`).
 
     Every rank gets the same number. Where windows run out, window 0 fills in with its loss_mask False, so the loss over
     all ranks counts each window exactly once, for any dp_size.
     """
     _check_shard(micro_batch, dp_rank, dp_size)
-    total = len(dataset) if windows is None else min(windows, len(dataset))
-    for step in range(-(-total // (micro_batch * dp_size))):
+    chosen = evaluated_windows(len(dataset), windows)
+    for step in range(-(-len(chosen) // (micro_batch * dp_size))):
         index = (step * dp_size + dp_rank) * micro_batch + np.arange(micro_batch)
-        real = index < total
-        tokens = np.stack([dataset[int(i)] for i in np.where(real, index, 0)])
+        real = index < len(chosen)
+        tokens = np.stack([dataset[chosen[int(i)]] for i in np.where(real, index, 0)])
         yield Batch.from_windows(tokens, loss_mask=real)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megalite.config import Config
-from megalite.data.dataset import WindowDataset
+from megalite.data.dataset import WindowDataset, evaluated_windows
 from megalite.data.documents import SUFFIXES, expand_inputs, match_paths
 from megalite.data.indexed import data_prefix
 from megalite.data.tokenize import build_indexed
@@ -76,12 +76,12 @@ def check_tokenizer(dataset: WindowDataset, tokenizer: Tokenizer, key: str) -> N
 
 
 def unigram_entropy(dataset: WindowDataset, windows: int | None = None) -> float:
-    """Entropy in nats of the token frequencies of the labels of a dataset's first `windows` (None: all).
+    """Entropy in nats of the token frequencies in the labels of the windows that an evaluation of `windows` reads.
 
     The least loss that is possible there without looking at the context: a trained model is to be well below.
     """
     counts = np.zeros(0, dtype=np.int64)
-    for i in range(len(dataset) if windows is None else min(windows, len(dataset))):
+    for i in evaluated_windows(len(dataset), windows):
         found = np.bincount(dataset[i][1:], minlength=len(counts))
         found[: len(counts)] += counts
         counts = found

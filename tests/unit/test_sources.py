@@ -15,7 +15,7 @@ from tests.unit.test_dataset import make_source
 def test_unigram_entropy_of_the_windows_that_are_evaluated(tmp_path):
     uniform, constant = [0, 1, 2, 3] * 4, [7] * 9
     data = WindowDataset([make_source(tmp_path, "a", [3, *uniform, *constant])], block_size=8)
-    assert unigram_entropy(data, 2) == pytest.approx(math.log(4))
+    assert unigram_entropy(data, 1) == pytest.approx(math.log(4))
     assert unigram_entropy(data, 1000) == unigram_entropy(data)
     # 16 labels uniform over four tokens, 8 of a fifth.
     assert unigram_entropy(data) == pytest.approx(4 / 6 * math.log(6) + 1 / 3 * math.log(3))
