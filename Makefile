@@ -13,7 +13,7 @@ TRAIN := $(BIN)/deepspeed --quiet
 
 demo: artifacts/demo/data-train.idx
 	$(TRAIN) megalite/pretrain.py --config configs/small.yaml
-	$(BIN)/python tools/generate.py --checkpoint artifacts/checkpoints/small --prompt "def " --max-new-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1
+	$(BIN)/python tools/generate.py --checkpoint artifacts/checkpoints/small --prompt "def " --max-new-tokens 120 --temperature 0.8 --top-p 0.95 --seed 2
 
 artifacts/demo/corpus.jsonl: | .venv/demo
 	$(BIN)/python tools/make_demo_corpus.py --output-dir artifacts/demo
