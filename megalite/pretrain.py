@@ -98,7 +98,8 @@ def main() -> int:
     if found is not None:
         meters.print(f"resumed   from {found.folder}, step {trainer.step}")
     result = trainer.fit(meters)
-    meters.print(report.summary(result, trainer.step, validation, training.eval_sequences))
+    if meters.active:  # the summary reads the validation data once more
+        meters.print(report.summary(result, trainer.step, validation, training.eval_sequences))
     meters.close()
     topology.close()
     return 0

@@ -70,7 +70,7 @@ class Engine:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
         self.zero_stage, self.offload = zero_stage(ds_config), offload.get("device", "none") != "none"
         self.device, self.data_parallel = topology.device, topology.grid.data
-        self.data_rank, self.accumulation = topology.data_rank, accumulation
+        self.data_rank = topology.data_rank
         self.dtype = DTYPES[training.precision]
         self.max_grad_norm = training.max_grad_norm
         _prepare(topology, config.logging.deepspeed_level)

@@ -52,7 +52,7 @@ def banner(
             f"layout    {topology.world_size} x {topology.device.type}: data {topology.grid.data}, tensor"
             f" {topology.grid.tensor}, pipeline {topology.grid.pipeline}; {zero}, {training.precision}, activation"
             f" checkpointing {training.activation_checkpointing}",
-            f"batch     {training.per_device_train_batch_size} sequences a device x {engine.accumulation} accumulated x"
+            f"batch     {training.per_device_train_batch_size} sequences a device x {loader.accumulation} accumulated x"
             f" {topology.grid.data} ranks = {global_batch} of {data.block_size} tokens = {tokens:,} tokens a step",
             f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens = {epochs:.2f} epochs of"
             f" {windows:,} sequences; {evaluated}",

@@ -58,8 +58,9 @@ class Trainer:
         branched_from: what `checkpoint.choose_resume` says.
         """
         self.branched_from = branched_from
-        checkpoint.load(found, self.engine, self.topology)
+        # First, as it may refuse, and loading reads every tensor.
         self.topology.together(self.loader.load_state_dict, found.state["data"])
+        checkpoint.load(found, self.engine, self.topology)
         self.step, self.tokens = found.state["step"], found.state["tokens"]
 
     def fit(self, meters: Meters) -> dict[str, float | None]:
