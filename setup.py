@@ -25,6 +25,9 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5.0"],
-        "test": ["pytest>=8.0", "ruff>=0.15", "transformers>=5.0"],
+        "zstd": ["zstandard>=0.22"],  # reading .zst
+        "parquet": ["pyarrow>=14"],  # reading .parquet
+        "fast": ["gigatoken>=0.10,<0.11"],  # a faster encoder of documents
+        "test": ["pytest>=8.0", "ruff>=0.15", "transformers>=5.0", "zstandard", "pyarrow", "gigatoken"],
     },
 )

@@ -6,12 +6,13 @@ command line is in `config_loader.py`; precedence is defaults < YAML < command l
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from megalite.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]  # becomes the name of a metric
 
 
 class Section(BaseModel):
@@ -59,18 +60,48 @@ class ModelConfig(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
+class BlendEntry(Section):
+    prefix: str = Field(min_length=1, description="What an entry of train_files may be: indexed data, a glob, text.")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="Its part of the samples, beside the others': 0.7 and 0.3, 7 and 3, or numbers of tokens."
+    )
+
+
 class DataConfig(Section):
     train_files: list[str] = Field(
         [], description="Paths or globs to train on: indexed data (PREFIX or PREFIX.bin) or text (.txt, .jsonl)."
     )
-    eval_files: list[str] = Field([], description="The same for validation; empty: no evaluation.")
+    blend: list[BlendEntry] = Field(
+        [],
+        description="Instead of train_files: what to train on, and each one's part of the samples. On the command "
+        "line: --blend PATH=0.7 PATH=0.3.",
+    )
+    eval_files: list[str] | dict[SetName, list[str]] = Field(
+        [],
+        description="The same as train_files for validation; empty: no evaluation. Several sets, each with its own "
+        "loss, by name: {NAME: [PATH, ...], ...}, on the command line --eval-files NAME=PATH NAME=PATH (./A=B for a "
+        "path of that form).",
+    )
     tokenizer_dir: str = Field("artifacts/tokenizer", description="Folder of the tokenizer (tokenizer.json).")
     block_size: PositiveInt = Field(1024, description="Tokens in one training sequence; at most model.n_positions.")
+    reset_positions: bool = Field(False, description="Positions restart at 0 in each document of a window.")
+    mask_documents: bool = Field(False, description="Tokens attend only within their own document.")
     json_key: str = Field("text", description="The field of a .jsonl line that holds the text.")
     cache_dir: str = Field(
         "artifacts/data/cache", description="Where text given as train_files or eval_files is indexed, once."
     )
     num_workers: PositiveInt = Field(2, description="Processes that tokenize text into cache_dir.")
+    prefetch: PositiveInt = Field(2, description="Steps whose batches are prepared ahead, beside training.")
+    allow_changed_data: bool = Field(
+        False, description="Resume on other data, blend or block_size than the checkpoint's, at the same sample number."
+    )
+
+    @property
+    def eval_sets(self) -> dict[str, list[str]]:
+        """Files of each validation set by name; the name is empty where they were given as a list."""
+        if isinstance(self.eval_files, dict):
+            return self.eval_files
+        return {"": self.eval_files} if self.eval_files else {}
 
 
 class TrainingConfig(Section):
@@ -113,7 +144,7 @@ class TrainingConfig(Section):
     )
     eval_every: PositiveInt | None = Field(None, description="Evaluate each N steps; always at the end.")
     eval_sequences: PositiveInt | None = Field(
-        None, description="Sequences of one evaluation, evenly spread over the validation set; default: all of it."
+        None, description="Sequences evaluated of each validation set, evenly spread over it; default: all of it."
     )
     timeout_minutes: Annotated[float, Field(gt=0)] = Field(
         30.0, description="A collective that waits longer for another rank ends the run."
@@ -165,9 +196,8 @@ def check(config: Config) -> None:
         *_model_problems(config),
         *_length_problems(config),
         *_parallel_problems(config),
+        *_data_problems(config),
     ]
-    if not config.data.train_files:
-        problems.append("data.train_files: nothing to train on; give --train-files PATH")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -226,6 +256,34 @@ def _model_problems(config: Config) -> list[str]:
             f"model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.kv_heads}, "
             "but each key/value head serves as many query heads; change one of them"
         )
+    return problems
+
+
+def _data_problems(config: Config) -> list[str]:
+    data = config.data
+    problems = []
+    if not data.train_files and not data.blend:
+        problems.append("data.train_files: nothing to train on; give --train-files PATH")
+    if data.train_files and data.blend:
+        problems.append(
+            "data.train_files and data.blend both say what to train on; give one, and [] for the other "
+            "(--train-files= empties it)"
+        )
+    if data.blend and config.training.num_train_epochs is not None:
+        problems.append(
+            f"training.num_train_epochs = {config.training.num_train_epochs:g} has no meaning with data.blend, whose "
+            "sources pass at different rates; give training.max_steps"
+        )
+    seen: set[str] = set()
+    for prefix in (entry.prefix for entry in data.blend):
+        if prefix in seen:
+            problems.append(f"data.blend: {prefix} is given twice; give it once, with the sum of the weights")
+        seen.add(prefix)
+    problems += [
+        f"data.eval_files.{name}: no files; name some, or remove the set"
+        for name, files in data.eval_sets.items()
+        if not files
+    ]
     return problems
 
 

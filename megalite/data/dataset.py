@@ -5,17 +5,15 @@ s: block_size, tokens of one training sequence.
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
-from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
+from megalite.data.batch import Batch, document_fields
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
-
-MASK64 = 2**64 - 1
-ROUNDS = 6  # 4 make a strong pseudo-random permutation (Luby and Rackoff 1988); 2 more for domains of a few windows.
 
 
 class WindowDataset:
@@ -24,16 +22,27 @@ class WindowDataset:
     Neighbouring windows share one token, so each token but a source's first is a label exactly once. No window crosses
     from one source into the next, and what remains at a source's end, fewer than `block_size` labels, is dropped.
 
+    reset_positions: in `batch`, positions restart at 0 with each document. mask_documents: its `documents` are given,
+    by which the model keeps them apart. Both take a document to begin where the window does: of one that began before,
+    the window does not know how much. No label is left out: an EOD's is the next document's first token.
+
     Raises `UserError` when there is no window at all, or the sources were made with different tokenizers; reading does
     where a token id is not below `vocab_size` (data without a manifest may come from any tokenizer).
     """
 
     def __init__(
-        self, sources: list[IndexedDataset | str | Path], block_size: int, vocab_size: int | None = None
+        self,
+        sources: list[IndexedDataset | str | Path],
+        block_size: int,
+        vocab_size: int | None = None,
+        *,
+        reset_positions: bool = False,
+        mask_documents: bool = False,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
         self.block_size, self.vocab_size = block_size, vocab_size
+        self.reset_positions, self.mask_documents = reset_positions, mask_documents
         self.sources = [each if isinstance(each, IndexedDataset) else IndexedDataset(each) for each in sources]
         known: dict[str, str] = {}  # tokenizer -> a source that was made with it
         for source in self.sources:
@@ -57,10 +66,7 @@ class WindowDataset:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        source = bisect_right(self.ends, index)
-        start = (index - (self.ends[source - 1] if source else 0)) * self.block_size
+        source, start = self._place(index)
         window = self._streams[source][start : start + self.block_size + 1].astype(np.int64)
         if self.vocab_size is not None and not 0 <= int(window.min()) <= int(window.max()) < self.vocab_size:
             worst = int(window.max()) if window.max() >= self.vocab_size else int(window.min())
@@ -69,6 +75,31 @@ class WindowDataset:
                 f"{self.vocab_size}; the data is of another tokenizer, or damaged: build it again"
             )
         return window
+
+    def batch(self, indices: Sequence[int], loss_mask: np.ndarray | None = None) -> Batch:
+        """These windows as one micro-batch [b, s]; `loss_mask`, bool [b] or [b, s], default: every label counts."""
+        windows = np.stack([self[i] for i in indices])
+        if not (self.reset_positions or self.mask_documents):
+            return Batch.from_windows(windows, loss_mask)
+        positions, documents = document_fields([self.document_breaks(i) for i in indices], self.block_size)
+        return Batch.from_windows(
+            windows,
+            loss_mask,
+            positions=positions if self.reset_positions else None,
+            documents=documents if self.mask_documents else None,
+        )
+
+    def document_breaks(self, index: int) -> list[int]:
+        """Where in a window other documents begin than the one at its start: rising, each in 1 .. s - 1."""
+        source, start = self._place(index)
+        return [token - start for token in self.sources[source].document_breaks(start, start + self.block_size)]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(source, first token in it) of a window."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        source = bisect_right(self.ends, index)
+        return source, (index - (self.ends[source - 1] if source else 0)) * self.block_size
 
     @property
     def fingerprint(self) -> str:
@@ -81,35 +112,3 @@ def evaluated_windows(total: int, limit: int | None) -> list[int]:
     """At most `limit` of the windows 0 .. total - 1, evenly spread: the first ones may all be of one long document."""
     count = total if limit is None else min(limit, total)
     return [i * total // count for i in range(count)]
-
-
-class KeyedPermutation:
-    """A bijection of [0, n) keyed by (seed, epoch): no table, O(1) memory and time, any n from 1.
-
-    A balanced Feistel network over Z_a x Z_a, a = ceil(sqrt(n)), whose results of n and above are enciphered again
-    ("cycle walking"). As a^2 < n + 2 sqrt(n) + 1, a second turn is rare. Method: Black and Rogaway, "Ciphers with
-    Arbitrary Finite Domains", CT-RSA 2002. The round function is the finalizer of SplitMix64 (Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014): good enough to shuffle, no cipher.
-    """
-
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
-        if n < 1:
-            raise ValueError(f"a permutation needs n >= 1, not {n}")
-        self.n = n
-        self.side = isqrt(n - 1) + 1
-        key = hashlib.blake2b(f"megalite permutation {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
-        self.keys = [int.from_bytes(key[i : i + 8], "little") for i in range(0, len(key), 8)]
-
-    def __call__(self, i: int) -> int:
-        if not 0 <= i < self.n:
-            raise IndexError(f"{i} is outside [0, {self.n})")
-        while True:
-            left, right = divmod(i, self.side)
-            for key in self.keys:
-                z = (right ^ key) & MASK64
-                z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-                z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-                left, right = right, (left + (z ^ (z >> 31))) % self.side
-            i = left * self.side + right
-            if i < self.n:
-                return i

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +113,8 @@ class PairWriter:
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.paths = pair_paths(prefix)
-        self.documents = self.tokens = self.text_bytes = 0
+        self.documents = self.tokens = 0
+        self.text_bytes: int | None = 0  # None: not known, and left out of the manifest
         self._lengths: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         staged(self.paths[0]).unlink(missing_ok=True)  # a killed run's
@@ -130,18 +132,28 @@ class PairWriter:
         self.tokens += int(lengths.sum())
         self.text_bytes += int(text_bytes.sum())
 
-    def finish(self, facts: dict) -> None:
-        """Bring everything to the disk, still under temporary names; `facts` are the manifest's other entries."""
+    def append(self, tokens: bytes) -> None:
+        """Append tokens of documents whose index `finish` is given; the caller sets the counts."""
+        self._file.write(tokens)
+        self._digest.update(tokens)
+
+    def finish(self, facts: dict, index: Iterable[bytes] | None = None) -> None:
+        """Bring everything to the disk, still under temporary names; `facts` are the manifest's other entries.
+
+        `index`: the .idx in chunks, where the documents came by `append`.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
-        if not self._is_mine():
-            raise UserError(f"another process is writing {self.prefix}.bin too: let it finish, then run this again")
-        index_sha256 = stage_file(self.paths[1], index_bytes(np.concatenate(self._lengths), self.dtype))
+        self._refuse_if_taken()
+        if index is None:
+            index = index_bytes(np.concatenate(self._lengths), self.dtype)
+        index_sha256 = stage_file(self.paths[1], index)
+        text_bytes = {} if self.text_bytes is None else {"text_bytes": self.text_bytes}
         manifest = facts | {
             "dtype": self.dtype.name,
             "documents": self.documents,
             "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
+            **text_bytes,
             "bin_sha256": self._digest.hexdigest(),
             "idx_sha256": index_sha256,
         }
@@ -149,6 +161,7 @@ class PairWriter:
 
     def commit(self) -> None:
         """Give the files their names: .bin, .idx, manifest."""
+        self._refuse_if_taken()
         for path in self.paths[1:]:  # an old index beside a new .bin could look like a pair
             path.unlink(missing_ok=True)
         for path in self.paths:
@@ -162,10 +175,19 @@ class PairWriter:
                 staged(path).unlink(missing_ok=True)
         self._file.close()
 
+    def _refuse_if_taken(self) -> None:
+        if not self._is_mine():
+            raise UserError(f"another process is writing {self.prefix}.bin too: let it finish, then run this again")
+
     def _is_mine(self) -> bool:
         """Whether the temporary file is still the one that was opened here: another run begins by removing it."""
         path = staged(self.paths[0])
         return path.exists() and path.stat().st_ino == os.fstat(self._file.fileno()).st_ino
+
+
+def _is_place(bounds: Sequence[int], i: int) -> bool:
+    """Whether bounds[i] is the first of the rising `bounds` that is i or more, found without a search."""
+    return i < len(bounds) and bounds[i] == i and (i == 0 or bounds[i - 1] < i)
 
 
 def data_prefix(path: str | Path) -> str:
@@ -221,6 +243,10 @@ class IndexedDataset:
         pointers_end = lengths_end + 8 * num_sequences
         self.sequence_lengths = index[HEADER.size : lengths_end].view("<i4")
         pointers = index[lengths_end:pointers_end].view("<i8")
+        # To bisect: a memoryview reads one number in a third of the time that numpy takes, and copies nothing, as
+        # np.searchsorted does with what is unaligned. It reads in the machine's byte order: little-endian.
+        self._pointers = memoryview(np.asarray(index))[lengths_end:pointers_end].cast("q")
+        self._bounds = memoryview(np.asarray(index))[pointers_end:].cast("q")
         self.document_starts = index[pointers_end:].view("<i8")
         self.num_documents = num_bounds - 1
         self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
@@ -229,8 +255,8 @@ class IndexedDataset:
             raise self._broken(f"has document bounds that don't rise from 0 to its {num_sequences} sequences")
         if num_sequences and self.sequence_lengths.min() < 0:
             raise self._broken("has a negative sequence length")
-        # Windows read .bin as one stream, so the pointers are not used; the first and the last of them are enough to
-        # notice a writer that left gaps or another order.
+        # Windows read .bin as one stream, so the first and the last pointer are enough to notice a writer that left
+        # gaps or another order; `document_breaks` looks at those that it uses.
         last = (self.num_tokens - int(self.sequence_lengths[-1])) * self.dtype.itemsize if num_sequences else 0
         if num_sequences and (pointers[0] != 0 or pointers[-1] != last):
             raise self._broken("has byte pointers that don't follow from its lengths")
@@ -262,17 +288,39 @@ class IndexedDataset:
                 )
         return manifest
 
+    def document_breaks(self, start: int, end: int) -> list[int]:
+        """Where documents begin inside tokens start .. end - 1, as tokens of the .bin: start < each < end, rising.
+
+        A document without tokens begins with the next one, and is not listed apart. O(log N) whatever the size.
+        Raises `UserError` where the byte pointers contradict the .bin.
+        """
+        pointers, bounds, size = self._pointers, self._bounds, self.dtype.itemsize
+        first = bisect_right(pointers, start * size)  # sequences first .. last - 1 begin there
+        reach = min(first + end - start, len(pointers))  # enough, but for sequences without tokens; and it is near
+        if reach < len(pointers) and pointers[reach] < end * size:
+            reach = len(pointers)
+        last = bisect_left(pointers, end * size, first, reach)
+        # Which of them begin a document? Usually each sequence is one: then its number is its place in the bounds.
+        low = bisect_left(bounds, first) if not _is_place(bounds, first) else first
+        high = bisect_left(bounds, last, low) if not _is_place(bounds, last) else last
+        breaks = sorted({pointers[sequence] // size for sequence in bounds[low:high]})
+        if breaks and not start < breaks[0] <= breaks[-1] < end:
+            raise self._broken(f"has byte pointers that don't rise near token {start}")
+        return breaks
+
     def _broken(self, what: str) -> UserError:
         return UserError(f"{self.idx_path} {what}; build the data again")
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the .idx and of the .bin's hash in the manifest (without one: its size)."""
-        with open(self.idx_path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        shard = (self.manifest or {}).get("bin_sha256") or f"{self.num_tokens * self.dtype.itemsize} bytes"
-        digest.update(str(shard).encode())
-        return digest.hexdigest()
+        """SHA-256 (hex) of both files' hashes in the manifest; of what it lacks: the .idx itself, the .bin's size."""
+        manifest = self.manifest or {}
+        index = manifest.get("idx_sha256")
+        if not index:  # 1.6 s at 50 million documents
+            with open(self.idx_path, "rb") as file:
+                index = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = manifest.get("bin_sha256") or f"{self.num_tokens * self.dtype.itemsize} bytes"
+        return hashlib.sha256(f"{index} {shard}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"IndexedDataset({self.prefix!r}, documents={self.num_documents:,}, tokens={self.num_tokens:,})"

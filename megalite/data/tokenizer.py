@@ -12,8 +12,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megalite.data.documents import expand_inputs, name_files, read_pieces
+from megalite.data.documents import read_pieces
 from megalite.data.indexed import sync_folder
+from megalite.data.inputs import InputFile, expand_inputs, name_files
 from megalite.errors import UserError
 
 EOD = "<|endoftext|>"
@@ -113,9 +114,11 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer (GPT-2's regex, no normalizer) and write it to `output_dir`.
 
     `<|endoftext|>` is id 0, then `special_tokens`, the 256 bytes and the merges, so any text is encoded, exactly.
-    `files` are paths or globs of .txt and .jsonl. Of more than `sample_bytes` a sample is read, spread over all of it:
-    each piece is in or out by the hash of the seed, its file and its place. One pass; memory follows the sample.
-    The same arguments give the same file. Writes tokenizer.json, and tokenizer_config.json for Hugging Face.
+    `files` are paths, globs or folders of .txt, .jsonl (each also .gz or .zst) and .parquet. Of more than
+    `sample_bytes` a sample is read, spread over all of it: each piece is in or out by the hash of the seed, its file
+    and its place. What there is in all is taken from the sizes of the files: of compressed ones, which hold more text
+    than that, the sample comes out larger by as much. One pass; memory follows the sample. The same arguments give the
+    same file. Writes tokenizer.json, and tokenizer_config.json for Hugging Face.
 
     Raises `UserError` for input that can't be read, an impossible vocabulary or special token, a full disk.
     """
@@ -127,7 +130,7 @@ def train_tokenizer(
         )
     if min_frequency < 1 or sample_bytes < 1:
         raise UserError("min_frequency and sample_bytes must be at least 1")
-    paths = expand_inputs(files)
+    inputs = expand_inputs(files)
     _check_writable(Path(output_dir))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -140,9 +143,10 @@ def train_tokenizer(
         show_progress=False,
     )
     counts = {"sampled_bytes": 0, "total_bytes": 0, "sampled_pieces": 0, "total_pieces": 0}
-    backend.train_from_iterator(_sample(paths, sample_bytes, json_key, seed, counts), trainer)
+    backend.train_from_iterator(_sample(inputs, sample_bytes, json_key, seed, counts), trainer)
     if not counts["total_bytes"]:
-        raise UserError(f"no text in {name_files(paths)}: there is nothing to train a tokenizer on")
+        names = name_files([file.path for file in inputs])
+        raise UserError(f"no text in {names}: there is nothing to train a tokenizer on")
     if not counts["sampled_bytes"]:
         raise UserError(f"the sample of {sample_bytes} bytes came out empty: raise --sample-bytes")
     backend.encode_special_tokens = True
@@ -152,7 +156,7 @@ def train_tokenizer(
             raise UserError(f'special token "{token}" is also ordinary text: choose a form like "<|{token}|>"')
     backend.encode_special_tokens = False
     _write_folder(Path(output_dir), backend, special)
-    return TrainingSummary(backend.get_vocab_size(), vocab_size, files=len(paths), **counts)
+    return TrainingSummary(backend.get_vocab_size(), vocab_size, files=len(inputs), **counts)
 
 
 def _special_tokens(given: Sequence[str]) -> list[str]:
@@ -167,13 +171,15 @@ def _special_tokens(given: Sequence[str]) -> list[str]:
     return [EOD, *(token for token in given if token != EOD)]
 
 
-def _sample(paths: list[str], sample_bytes: int, json_key: str, seed: int, counts: dict[str, int]) -> Iterator[str]:
+def _sample(
+    inputs: Sequence[InputFile], sample_bytes: int, json_key: str, seed: int, counts: dict[str, int]
+) -> Iterator[str]:
     """Pieces of text that are in the sample; tallies them, and all there were, in `counts`."""
     # Sizes of files, so for .jsonl, whose quotes and escapes are no text, the sample comes out a little smaller.
-    fraction = min(1.0, sample_bytes / max(1, sum(os.path.getsize(path) for path in paths)))
+    fraction = min(1.0, sample_bytes / max(1, sum(file.size for file in inputs)))
     threshold = int(fraction * 2**64)
-    for file_number, path in enumerate(paths):
-        for piece_number, piece in enumerate(read_pieces(path, json_key, PIECE)):
+    for file_number, file in enumerate(inputs):
+        for piece_number, piece in enumerate(read_pieces(file, json_key, PIECE)):
             size = len(piece.encode())
             counts["total_bytes"] += size
             counts["total_pieces"] += 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalite.comms.collectives import Group
 from megalite.config import ModelConfig
-from megalite.layers.attention import Attention, KVCache
+from megalite.layers.attention import Attention, KVCache, Segments, document_segments
 from megalite.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalite.layers.loss import language_model_loss
 from megalite.layers.mlp import MLP
@@ -43,8 +43,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", model.hidden_size, model.norm_eps, init)
         self.mlp = MLP(f"{name}.mlp", model.hidden_size, model.ffn_size, init, output_std, group)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, segments)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -84,16 +86,23 @@ class Stage(nn.Module):
         *,
         prefix_embeddings: Tensor | None = None,
         caches: list[KVCache] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """tokens, labels, positions: [b, s] int64; loss_mask: [b, s] bool, default: all.
 
         positions: default 0 .. s-1, after what the caches hold. prefix_embeddings [b, p, h]: vectors that stand before
         the tokens (a user's or persona's, say), attended by all of them; they take positions 0 .. p-1, shift the
         tokens' by p, and have no loss and no logits. caches: one `KVCache` a block, which this call extends.
+        documents [b, s] int, rising along a row: tokens attend only to those of their own document (and to the prefix).
         Returns an fp32 scalar: the sum of the loss of the tokens with loss_mask, or logits [s, b, v].
-        Raises ValueError where prefix, cache and tokens together pass n_positions, or the prefix has another shape.
+        Raises ValueError where prefix, cache and tokens together pass n_positions, where the prefix or the documents
+        have another shape, or where documents come with caches.
         """
         b, s = tokens.shape
+        if documents is not None and caches:
+            raise ValueError("documents are for training: with caches, give one document a row")
+        if documents is not None and documents.shape != tokens.shape:
+            raise ValueError(f"documents: shape {list(documents.shape)}, wants {[b, s]}")
         past = caches[0].length if caches else 0
         hidden = self.embedding(tokens)  # [s, b, h]
         p = 0
@@ -116,9 +125,14 @@ class Stage(nn.Module):
             positions = torch.cat((before, positions + p), dim=1)
 
         cos, sin = rope_angles(positions, self.model.head_size, self.model.rope_theta)
+        segments = None
+        if documents is not None:
+            device = hidden.device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            segments = document_segments(documents, p, autocast, self.model.head_size)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            hidden = recompute(self.activation_checkpointing, block, hidden, cos, sin, cache)
+            hidden = recompute(self.activation_checkpointing, block, hidden, cos, sin, cache, segments)
         logits = self.head(self.final_norm(hidden[p:]))  # [s, b, v/tp]
         if labels is None:
             return logits

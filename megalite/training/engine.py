@@ -138,7 +138,7 @@ class Engine:
         """
         autocast = self.zero_stage == 0 and self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
-            return self.stage(batch.tokens, batch.positions, batch.labels, batch.loss_mask)
+            return self.stage(batch.tokens, batch.positions, batch.labels, batch.loss_mask, documents=batch.documents)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Differentiate a scalar; gradients are averaged over the data-parallel ranks after the last one."""

@@ -14,6 +14,7 @@ from megalite.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 LEGAL = {"data.train_files": ["a.txt"], "training.max_steps": 100}
+BLEND = {"data.train_files": [], "data.blend": [{"prefix": "a", "weight": 0.7}, {"prefix": "b", "weight": 2}]}
 
 
 def make(settings: dict) -> Config:
@@ -40,6 +41,10 @@ def test_legal_configurations_pass():
     check(make({"model.num_heads": 7, "model.head_dim": 64}))
     check(make({"training.max_steps": None, "training.num_train_epochs": 0.5, "training.warmup_steps": 1000}))
     check(make({"training.warmup_steps": 100, "training.min_learning_rate": 3e-4, "model.num_kv_heads": 4}))
+    check(make(BLEND))
+    assert make({"data.eval_files": {"web": ["a", "b"]}}).data.eval_sets == {"web": ["a", "b"]}
+    assert make({"data.eval_files": ["a", "b"]}).data.eval_sets == {"": ["a", "b"]}
+    assert make({"data.eval_files": {}}).data.eval_sets == make({}).data.eval_sets == {}
 
 
 ILLEGAL = [
@@ -97,6 +102,21 @@ ILLEGAL = [
         "raise the other",
     ),
     ({"data.train_files": []}, "data.train_files: nothing to train on; give --train-files PATH"),
+    (
+        {"data.blend": [{"prefix": "a", "weight": 1}]},
+        "data.train_files and data.blend both say what to train on; give one, and [] for the other (--train-files= "
+        "empties it)",
+    ),
+    (
+        BLEND | {"data.blend": [{"prefix": prefix, "weight": 1} for prefix in "aba"]},
+        "data.blend: a is given twice; give it once, with the sum of the weights",
+    ),
+    (
+        BLEND | {"training.max_steps": None, "training.num_train_epochs": 1.5},
+        "training.num_train_epochs = 1.5 has no meaning with data.blend, whose sources pass at different rates; give "
+        "training.max_steps",
+    ),
+    ({"data.eval_files": {"web": []}}, "data.eval_files.web: no files; name some, or remove the set"),
 ]
 
 
@@ -213,6 +233,10 @@ def test_spellings_of_a_flag(argv):
         (["--deepspeed", "mine.json"], "deepspeed", "mine.json"),
         (["--zero", "3", "--deepspeed", "mine.json"], "deepspeed", "mine.json"),
         (["--z-loss", "1"], "training.z_loss", 1.0),
+        (["--blend="], "data.blend", []),
+        (["--eval-files", "a", "./x=1.txt"], "data.eval_files", ["a", "./x=1.txt"]),
+        (["--eval-files", "web=a", "1.b=c=d/*", "web=b"], "data.eval_files", {"web": ["a", "b"], "1.b": ["c=d/*"]}),
+        (["--eval-files=web=a"], "data.eval_files", {"web": ["a"]}),
     ],
 )
 def test_values_on_the_command_line(argv, name, value):
@@ -225,9 +249,18 @@ def test_values_on_the_command_line(argv, name, value):
     assert loaded.sources[name].startswith("command line (--")
 
 
+def test_a_blend_on_the_command_line():
+    """The last = separates."""
+    blend = load_config(["--blend", "a=0.7", "dir/x=1/b=2e3"]).config.data.blend
+    assert [(entry.prefix, entry.weight) for entry in blend] == [("a", 0.7), ("dir/x=1/b", 2000.0)]
+
+
 @pytest.mark.parametrize("argv", [["--local_rank=3"], ["--local-rank", "3"]])
 def test_launcher_arguments_are_ignored(argv):
     assert load_config(argv) == load_config([])
+
+
+BLEND_WANTS = "wants list of {prefix: str, weight: float > 0}"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +288,17 @@ def test_launcher_arguments_are_ignored(argv):
         (["--learning-rate", ".nan"], "--learning-rate: training.learning_rate: got nan (float), wants float > 0"),
         (["--learning-rate", "1e999"], "--learning-rate: training.learning_rate: got inf (float), wants float > 0"),
         (["--qk-norm", "maybe"], '--qk-norm: model.qk_norm: got "maybe" (str), wants true | false'),
+        (["--blend", "a=1", "b"], '--blend: got "b", wants PATH=WEIGHT'),
+        (["--blend", "a=1", "b="], f"--blend: data.blend: got null, {BLEND_WANTS}"),
+        (["--blend", "=1"], f'--blend: data.blend: got "" (str), {BLEND_WANTS}'),
+        (["--blend", "a=0"], f"--blend: data.blend: got 0 (int), {BLEND_WANTS}"),
+        (["--blend", "a=-1"], f"--blend: data.blend: got -1 (int), {BLEND_WANTS}"),
+        (["--blend", "a=.nan"], f"--blend: data.blend: got nan (float), {BLEND_WANTS}"),
+        (["--blend", "a=.inf"], f"--blend: data.blend: got inf (float), {BLEND_WANTS}"),
+        (
+            ["--eval-files", "web=a", "b"],
+            '--eval-files: "b" has no name, but others have; give each as NAME=PATH, or none',
+        ),
         (["--precision", "fp8"], '--precision: training.precision: got "fp8" (str), wants fp32 | bf16 | fp16'),
     ],
 )

@@ -4,12 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megalite.config import Config
 from megalite.config_keys import schema_keys
 from megalite.config_loader import format_config, load_config
 from megalite.config_yaml import format_value, parse_scalar
-from tests.unit.test_config import problems_of
+from tests.unit.test_config import BLEND_WANTS, problems_of
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def nested(depth: int) -> str:
 
 
 BOMB = "a: &a0 [x, x]\n" + "".join(f"k{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+WIDE = f"data: {{eval_files: {{a: &a [{'x, ' * 999}], {', '.join(f'b{i}: *a' for i in range(999))}}}}}"  # 10^6 files
+EVAL_WANTS = "wants list of str or {[A-Za-z0-9_.-]+: list of str, ...}"
 YAML_ERRORS = [
     (
         "training:\n  lerning_rate: 1",
@@ -84,6 +87,28 @@ YAML_ERRORS = [
     ("model: {vocab_size: [1]}", "x.yaml:1: model.vocab_size: got [1] (list), wants int >= 1"),
     ("data: {train_files: [[a]]}", "x.yaml:1: data.train_files: got a list, wants list of str"),
     ("data: {train_files: &a [*a]}", "x.yaml:1: data.train_files: got a list, wants list of str"),
+    ("data:\n blend: [a]", f'x.yaml:2: data.blend: got "a" (str), {BLEND_WANTS}'),
+    ("data: {blend: {a: 1}}", f"x.yaml:1: data.blend: got a mapping, {BLEND_WANTS}"),
+    ("data: {blend: [[a, 1]]}", f"x.yaml:1: data.blend: got a list, {BLEND_WANTS}"),
+    (
+        "data:\n blend:\n  - {prefix: a, weight: 1}\n  - prefix: b\n    weight: -1",
+        f"x.yaml:5: data.blend: got -1 (int), {BLEND_WANTS}",
+    ),
+    ("data:\n blend:\n  - {prefix: a}", f'x.yaml:3: data.blend: got {{prefix: "a"}} (dict), {BLEND_WANTS}'),
+    ("data: {blend: [{prefix: [a], weight: 1}]}", f"x.yaml:1: data.blend: got a list, {BLEND_WANTS}"),
+    (
+        "data:\n blend:\n  - prefix: a\n    wieght: 1",
+        f"x.yaml:4: data.blend.wieght: unknown key; {BLEND_WANTS}",
+    ),
+    ("data: {blend: [{prefix: a, prefix: b}]}", "x.yaml:1: data.blend.prefix: already given on line 1; keep one"),
+    ("data: {blend: [!mine {prefix: a}]}", "x.yaml:1: data.blend: tag !mine is not allowed; remove it"),
+    ("data:\n eval_files:\n  web: a", f'x.yaml:3: data.eval_files: got "a" (str), {EVAL_WANTS}'),
+    ("data:\n eval_files:\n  web:\n   - a\n   - 5", f"x.yaml:5: data.eval_files: got 5 (int), {EVAL_WANTS}"),
+    ("data:\n eval_files: {a/b: [c]}", f'x.yaml:2: data.eval_files: got "a/b" (str), {EVAL_WANTS}'),
+    ("data: {eval_files: [a, 5]}", f"x.yaml:1: data.eval_files: got 5 (int), {EVAL_WANTS}"),
+    ("data: {eval_files: {a: {b: c}}}", f"x.yaml:1: data.eval_files: got a mapping, {EVAL_WANTS}"),
+    ("data: {eval_files: {a: [b], a: [c]}}", "x.yaml:1: data.eval_files.a: already given on line 1; keep one"),
+    (WIDE, "x.yaml:1: data.eval_files: more than 262144 parts; write fewer"),
     ("checkpoint: {resume: no}", "x.yaml:1: checkpoint.resume: got false (bool), wants str"),
     ("model: 5", "x.yaml:1: model: got 5, wants a mapping of its keys"),
     ("model: [1]", "x.yaml:1: model: got a list, wants a mapping of its keys"),
@@ -171,6 +196,21 @@ def test_print_config_loads_to_the_same(write):
     (row,) = (row for row in rows if row.startswith("deepspeed: "))
     assert row.split("  ")[-1] == "# command line (--zero)"
     assert sum("  # default" in row for row in rows) == len(schema_keys()) - 8
+
+
+def test_blend_and_validation_sets_load_to_the_same(write):
+    names = ["null", "1.5", "-", "web_2"]
+    text = "data:\n  blend:\n" + "".join(
+        f"  - {{prefix: {format_value(path)}, weight: 0.1}}\n" for path in AWKWARD if path
+    )
+    text += "  eval_files:\n" + "".join(f"    {format_value(name)}: {format_value(AWKWARD)}\n" for name in names)
+    loaded = load_config(write(text))
+    assert [(entry.prefix, entry.weight) for entry in loaded.config.data.blend] == [(p, 0.1) for p in AWKWARD if p]
+    assert loaded.config.data.eval_files == dict.fromkeys(names, AWKWARD)
+    text = format_config(loaded)
+    again = load_config(write(text))
+    assert again.config == loaded.config
+    assert yaml.safe_load(text)["data"]["eval_files"] == loaded.config.data.eval_files  # as any reader sees it
 
 
 def test_format_value_round_trips():

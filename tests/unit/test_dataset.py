@@ -5,9 +5,12 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
-from megalite.data.dataset import KeyedPermutation, WindowDataset
+from megalite.data.batch import Batch
+from megalite.data.dataset import WindowDataset
 from megalite.data.indexed import IndexedDataset
+from megalite.data.permutation import KeyedPermutation
 from megalite.errors import UserError
 from tests.unit.test_indexed import handwritten_idx
 
@@ -72,11 +75,89 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path):
         WindowDataset([*same, make_source(tmp_path, "d", tokens, "t2")], 4)
 
 
+# Documents within windows
+
+
+def random_index(seed):
+    """(.idx, tokens, the document of each token): documents of 0 to 3 sequences, sequences of 0 to 40 tokens."""
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(0, rng.choice([2, 5, 40]), rng.integers(0, 4)).tolist() for _ in range(60)]
+    bounds = np.cumsum([0, *map(len, sequences)])
+    owner = np.repeat(np.arange(60), [sum(each) for each in sequences])
+    return handwritten_idx([n for each in sequences for n in each], bounds=bounds.tolist()), owner
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_documents_of_every_window_are_those_of_its_tokens(tmp_path, seed):
+    """With several sequences a document and none, of one token, longer than a window, and borders on the window's."""
+    index, owner = random_index(seed)
+    (tmp_path / "a.idx").write_bytes(index)
+    (tmp_path / "a.bin").write_bytes(np.arange(len(owner), dtype="<u2").tobytes())
+    before = make_source(tmp_path, "b", list(range(20)))
+    for size in (1, 3, 16, 50):
+        data = WindowDataset([before, tmp_path / "a"], size, reset_positions=True, mask_documents=True)
+        order = list(np.random.default_rng(seed).permutation(len(data)))
+        batch = data.batch(order)
+        assert batch.documents.dtype == torch.int32
+        skipped = 19 // size  # windows of the other source
+        assert not batch.documents[[i for i, window in enumerate(order) if window < skipped]].any()
+        for i, window in enumerate(order):
+            if window < skipped:
+                continue
+            mine = owner[(window - skipped) * size :][:size].tolist()
+            seen = list(dict.fromkeys(mine))
+            assert batch.documents[i].tolist() == [seen.index(each) for each in mine]
+            assert batch.positions[i].tolist() == [t - mine.index(each) for t, each in enumerate(mine)]
+
+
+def test_options_change_nothing_else(tmp_path):
+    index, owner = random_index(0)
+    (tmp_path / "a.idx").write_bytes(index)
+    (tmp_path / "a.bin").write_bytes(np.arange(len(owner), dtype="<u2").tobytes())
+    keep = np.array([True, False])
+    for reset, mask in ((False, False), (True, False), (False, True), (True, True)):
+        data = WindowDataset([tmp_path / "a"], 16, reset_positions=reset, mask_documents=mask)
+        got = data.batch([2, 5], keep)
+        want = Batch.from_windows(np.stack([data[2], data[5]]), keep)
+        for field in ("tokens", "labels", "loss_mask"):
+            assert torch.equal(getattr(got, field), getattr(want, field))
+        assert torch.equal(got.positions, want.positions) != reset
+        assert (got.documents is not None) == mask
+        moved = got.to("cpu")
+        assert moved.documents is got.documents
+        assert moved.positions is got.positions
+        assert data.batch([2, 5]).loss_mask.all()
+
+
+def test_byte_pointers_that_do_not_rise_are_noticed_where_they_are_used(tmp_path):
+    good = handwritten_idx([3, 1, 4, 1, 1])
+    assert good.count(struct.pack("<q", 8)) == 1
+    (tmp_path / "a.idx").write_bytes(good.replace(struct.pack("<q", 8), struct.pack("<q", 4000)))
+    (tmp_path / "a.bin").write_bytes(bytes(20))
+    data = WindowDataset([tmp_path / "a"], 9, mask_documents=True)
+    with pytest.raises(UserError, match=r"a\.idx has byte pointers that don't rise near token 0; build"):
+        data.batch([0])
+
+
 def test_fingerprint_depends_on_block_size_content_and_order(tmp_path):
     a, b = make_source(tmp_path, "a", list(range(9))), make_source(tmp_path, "b", list(range(13)))
     prints = {WindowDataset(sources, size).fingerprint for sources, size in (([a, b], 4), ([b, a], 4), ([a, b], 3))}
     assert len(prints) == 3
     assert WindowDataset([a, b], 4).fingerprint in prints
+
+
+def test_fingerprint_of_a_manifest_that_has_both_hashes_reads_no_file(tmp_path):
+    make_source(tmp_path, "a", list(range(9)), "t1")
+    path = tmp_path / "a.manifest.json"
+    facts = json.loads(path.read_text())
+    prints = set()
+    for index, shard in (("i", "b"), ("i", "c"), ("j", "b")):
+        path.write_text(json.dumps(facts | {"idx_sha256": index, "bin_sha256": shard}))
+        data = WindowDataset([tmp_path / "a"], 4)
+        (tmp_path / "a.idx").rename(tmp_path / "away")
+        prints.add(data.fingerprint)
+        (tmp_path / "away").rename(tmp_path / "a.idx")
+    assert len(prints) == 3
 
 
 @pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 99, 100, 101, 1000, 4097])

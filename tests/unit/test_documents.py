@@ -1,125 +1,487 @@
-"""Inputs: which files, which documents are in them, and what is said of bad ones."""
+"""Documents out of bytes: the same for any cut of a file, each bad one said with its line, memory bounded."""
 
+import gzip
+import json
 import os
+import random
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
-from megalite.data import tokenize
-from megalite.data.documents import expand_inputs, read_pieces
-from megalite.data.sources import resolve_files
-from megalite.data.tokenizer import Tokenizer
-from megalite.errors import ConfigError, UserError
-from tests.unit.token_files import build, documents_of, refused
+from megalite.data import documents
+from megalite.data.documents import Part, PartReader, Piece, Reject, divisible, first_line, read_pieces
+from megalite.data.inputs import InputFile
+from megalite.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("working_folder")
-GOOD = '{"text": "fox"}\n'
+GOOD = b'{"text": "fox"}\n'
+BOM = b"\xef\xbb\xbf"
 
 
-def test_inputs_are_expanded_in_order_and_once():
-    for name in ("b2.txt", "b1.txt", "a.txt", "[x].txt", "c.TXT"):
-        Path(name).write_text("x")
-    os.symlink("a.txt", "link.txt")
-    assert expand_inputs(["b*.txt", "a.txt", "./b1.txt", "link.txt", "[x].txt", "c.TXT"]) == [
-        "b1.txt",
-        "b2.txt",
-        "a.txt",
-        "[x].txt",
-        "c.TXT",
-    ]
+def whole(path):
+    return Part(path, 0, os.path.getsize(path))
 
 
-def test_files_to_train_on_are_sorted_into_pairs_and_texts():
-    for name in ("a.bin", "a.idx", "b[1].bin", "b[1].idx", "c.txt", "d.jsonl", "e.manifest.json"):
-        Path(name).write_text("x")
-    assert resolve_files(["*"], "key") == (["a", "b[1]"], ["c.txt", "d.jsonl"])
-    assert resolve_files(["d.jsonl", "c.*", "d*"], "key") == ([], ["d.jsonl", "c.txt"])
-    assert resolve_files(["b[1]", "a.idx", "a", "b[1].bin"], "key") == (["b[1]", "a"], [])
+def read(path, content, **options):
+    """All that a reader gives of a file, and the reader, after checks of what holds for any."""
+    if content is not None:
+        Path(path).write_bytes(content)
+    part = whole(path)
+    reader = PartReader(part, **options)
+    found, positions = [], [reader.position]
+    for each in reader:
+        found.append(each)
+        positions.append(reader.position)
+    assert positions == sorted(positions)
+    assert positions[0] == 0
+    assert reader.position == part.end
+    return found, reader
 
 
+def texts(found):
+    """The first text of each document, its pieces joined."""
+    joined, pending = [], ""
+    for each in found:
+        pending += each.texts[0]
+        if each.last:
+            joined.append(pending)
+            pending = ""
+    assert not pending
+    return joined
+
+
+# Lines, good and bad, that files are made of at random: for .jsonl, and as .txt.
+LINES = [
+    b'{"text": "\\u65e5\\u672c"}',
+    '{"text": "wörter 👩‍👧"}'.encode(),
+    b'  {"text": "", "n": [1, {"text": 2}]} ',
+    b"{broken",
+    b'{"text": "\xff"}',
+    b"",
+    b"",
+    b" \t\x0b\x0c",
+    b'{"text": "' + b"long " * 12 + b'"}',
+]
+
+
+def random_file(rng):
+    lines = [rng.choice(LINES) + rng.choice([b"\n", b"\n", b"\r\n"]) for _ in range(rng.randrange(12))]
+    content = rng.choice([b"", b"", BOM]) + b"".join(lines)
+    return content.removesuffix(b"\n") if rng.random() < 0.4 else content
+
+
+@pytest.mark.parametrize(("name", "split_on"), [("a.jsonl", "none"), ("a.txt", "line"), ("a.txt", "blank")])
+def test_any_cut_of_a_file_gives_the_same_documents(monkeypatch, name, split_on):
+    monkeypatch.setattr(documents, "BLOCK", 7)
+    rng = random.Random(5)
+    for _ in range(300):
+        content = random_file(rng)
+        found, reader = read(name, content, split_on=split_on)
+        size = len(content)
+        borders = [0, *sorted(rng.choices(range(size + 1), k=rng.randrange(size + 2))), size]
+        cut, lines, blank_lines = [], 0, 0
+        for part in (Part(name, start, end) for start, end in pairwise(borders)):
+            each = PartReader(part, split_on=split_on)
+            for document in each:
+                line = first_line(part, document.line, split_on)
+                assert line == lines + document.line
+                cut.append(document._replace(line=line))
+            lines += each.lines
+            blank_lines += each.blank_lines
+            assert each.position == part.end - part.start
+        assert cut == found
+        assert (lines, blank_lines) == (reader.lines, reader.blank_lines) == (lines, reader.blank_lines)
+        assert lines == content.count(b"\n") + (content[-1:] not in (b"", b"\n"))
+
+
+def cut_anywhere(text):
+    return len(text)
+
+
+def cut_at_space(text):
+    return max(text.rfind(" "), 0)
+
+
+def cut_nowhere(text):
+    return 0
+
+
+FILES = [
+    ("a.jsonl", "none", None),
+    ("a.jsonl.gz", "none", None),
+    ("a.txt", "line", None),
+    ("a.txt", "blank", None),
+    ("a.txt.zst", "blank", None),
+    ("a.txt.gz", "line", None),
+    ("a.txt", "none", cut_at_space),
+    ("a.txt", "none", cut_anywhere),
+    ("a.txt.zst", "none", cut_anywhere),
+    ("a.parquet", "none", None),
+]
+
+
+def store(name, content):
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    elif name.endswith(".zst"):
+        content = zstandard.compress(content)
+    if name.endswith(".parquet"):
+        column = [None if b"broken" in line else line.decode("utf-8", "replace") for line in content.split(b"\n")]
+        parquet.write_table(pyarrow.table({"text": column}), name, row_group_size=3)
+    else:
+        Path(name).write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "split_on", "cut"), FILES)
+def test_reading_goes_on_where_a_piece_began(monkeypatch, name, split_on, cut):
+    monkeypatch.setattr(documents, "BLOCK", 16)
+    rng = random.Random(6)
+    for _ in range(20):
+        content = random_file(rng).replace(b"\xff", b"x")
+        store(name, content)
+        options = {"split_on": split_on, "cut": cut}
+        found, _ = read(name, None, **options)
+        for i, piece in enumerate(found):
+            if isinstance(piece, Reject):
+                continue
+            again = [
+                each._replace(line=first_line(whole(name), each.line, split_on, piece.offset))
+                for each in PartReader(whole(name), start_offset=piece.offset, **options)
+            ]
+            if cut is None:
+                assert again == found[i:]
+            else:  # other pieces of the same text
+                assert texts(again) == texts(found[i:])
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 @pytest.mark.parametrize(
-    ("pattern", "error", "message"),
+    ("split_on", "expected"),
     [
-        ("*.bin", ConfigError, r"key: \*\.bin matches no \.bin, \.idx, \.txt or \.jsonl file"),
-        ("x", ConfigError, r"key: x: no such indexed data \(x\.idx does not exist\); build it"),
-        ("x.txt", UserError, r'no such file: "x\.txt"'),
-        ("*.txt", UserError, r'no file matches "\*\.txt"'),
+        ("none", [(1, "\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour")]),
+        ("line", [(2, "one"), (3, "two"), (6, "three  "), (8, "four")]),
+        ("blank", [(2, "one\r\ntwo"), (6, "three  "), (8, "four")]),
     ],
 )
-def test_what_matches_nothing_is_named(pattern, error, message):
-    Path("e.manifest.json").write_text("x")
-    with pytest.raises(error, match=message):
-        resolve_files([pattern], "key")
+def test_documents_of_a_txt(split_on, expected, compression):
+    def documents_of(content):
+        store("a.txt" + compression, content)
+        found, reader = read("a.txt" + compression, None, split_on=split_on)
+        assert all(each.last for each in found)
+        return [(each.line, each.texts[0]) for each in found], reader.lines
+
+    content = b"\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour"
+    assert documents_of(content) == documents_of(BOM + content) == (expected, 8)
+    assert documents_of(b"") == ([(1, "")] if split_on == "none" else [], 0)
+    assert documents_of(BOM + b"\n\nend\n") == ([(1, "\n\nend\n") if split_on == "none" else (3, "end")], 3)
+
+
+def test_several_keys_and_a_byte_order_mark():
+    rows = [{"a": "one", "text": "x", "b": "two"}, {"b": "", "a": "é"}]
+    content = BOM + b"\r\n \n".join(json.dumps(row).encode() for row in rows)
+    found, reader = read("a.jsonl", content, json_keys=("b", "a"))
+    assert found == [Piece(1, 0, ("two", "one"), True), Piece(3, content.rindex(b"{"), ("", "é"), True)]
+    assert (reader.lines, reader.blank_lines) == (3, 1)
+    assert read("a.jsonl", None, json_keys=("a", "text"))[0][1].reason.startswith('no key "text" (its keys: ')
+    with pytest.raises(UserError, match=r'"a\.txt" has no JSON keys: several need \.jsonl or \.parquet'):
+        PartReader(Part("a.txt", 0, 1), json_keys=("a", "b"))
+    with pytest.raises(UserError, match='split_on "lines" is none of none, blank, line'):
+        PartReader(Part("a.txt", 0, 1), split_on="lines")
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"text": "fox"', "broken JSON (Expecting ',' delimiter)"),
+        (b'["fox"]', 'not a JSON object with a key "text"'),
+        (b'{"body": "fox", "\\u001b": 1}', "no key \"text\" (its keys: 'body', '\\x1b'); say which with --json-key"),
+        (b'{"text": null}', 'the value of "text" is not a string but NoneType'),
+        (b'{"text": ["fox"]}', 'the value of "text" is not a string but list'),
+        (b'{"text": "a\\ud800\\u0041"}', "a lone surrogate ('\\ud800') is not text"),
+        (b'{"text": "a\\uDFFF"}', "a lone surrogate ('\\udfff') is not text"),
+        (b'{"text": "\xff"}', "invalid UTF-8 (invalid start byte)"),
+        (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8 (invalid continuation byte)"),
+        (b"[" * 100_000, "broken JSON (too deep, or a number too long)"),
+        (b'{"text": "fox", "n": ' + b"1" * 5000 + b"}", "broken JSON (too deep, or a number too long)"),
+        (b"\0", "broken JSON (Expecting value)"),
+        (b'{"text": "a\tb"}', "broken JSON (Invalid control character at)"),
+        (GOOD[:-1] * 2, "broken JSON (Extra data)"),
+        (BOM * 2 + GOOD[:-1], "broken JSON (Unexpected UTF-8 BOM (decode using utf-8-sig))"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_bad_line_is_said_and_reading_goes_on(place, bad, reason):
+    lines = [GOOD] * 7
+    lines[place] = bad + b"\r\n"
+    found, reader = read("a.jsonl", b"".join(lines))
+    if place == 0:
+        bad = bad.removeprefix(BOM)
+    assert found.pop(place) == Reject(place + 1, reason, bad)
+    assert texts(found) == ["fox"] * 6
+    assert reader.lines == 7
+
+
+def test_pairs_of_surrogates_are_text():
+    assert texts(read("a.jsonl", b'{"text": "\\ud83d\\uDE00 \\\\ud800"}')[0]) == ["😀 \\ud800"]
 
 
 @pytest.mark.parametrize(
     ("split_on", "expected"),
     [
-        ("none", ["\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour"]),
-        ("line", ["one", "two", "three  ", "four"]),
-        ("blank", ["one\r\ntwo", "three  ", "four"]),
+        ("none", [Reject(4, "invalid UTF-8 (invalid continuation byte)", b"caf\xe9!")]),
+        ("line", ["one", "two", Reject(4, "invalid UTF-8 (invalid continuation byte)", b"caf\xe9!"), "five", "six"]),
+        ("blank", ["one", Reject(4, "invalid UTF-8 (invalid continuation byte)", b"two\r\ncaf\xe9!"), "five\nsix"]),
     ],
 )
-def test_documents_of_a_txt(tokenizer_dir, split_on, expected):
-    Path("a.txt").write_bytes(b"\r\none\r\ntwo\n \t\n\nthree  \r\n\nfour")
-    Path("b.txt").write_text("")
-    Path("c.txt").write_text("\n\nend\n")
-    build(tokenizer_dir, ["a.txt", "b.txt", "c.txt"], split_on=split_on)
-    tokenizer = Tokenizer(tokenizer_dir)
-    found = [tokenizer.decode(ids[:-1]) for ids in documents_of("out/x")]
-    assert found == [*expected, "\n\nend\n" if split_on == "none" else "end"]
+def test_bad_text_has_its_line(split_on, expected):
+    found, _ = read("a.txt", b"one\n\ntwo\r\ncaf\xe9!\r\n\r\nfive\nsix\n", split_on=split_on)
+    assert [each if isinstance(each, Reject) else each.texts[0] for each in found] == expected
 
 
-def test_byte_order_mark_of_a_jsonl_is_no_error(tokenizer_dir):
-    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "fox"}\r\n')
-    build(tokenizer_dir, ["a.jsonl"])
-    assert documents_of("out/x") == [[*Tokenizer(tokenizer_dir).encode("fox"), 0]]
+@pytest.mark.parametrize("cut", [None, cut_anywhere, cut_at_space, cut_nowhere])
+@pytest.mark.parametrize("block", [4, 7, 64, 10**6])
+def test_pieces_of_a_txt_are_the_text(monkeypatch, block, cut):
+    monkeypatch.setattr(documents, "BLOCK", block)
+    text = ("wörter und 日本語 👩‍👧 " * 30 + "\r\n") * 3 + "é" * 500 + "\n"
+    content = text.encode()
+    for mark in (b"", BOM):
+        found, reader = read("a.txt", mark + content, cut=cut)
+        assert texts(found) == [text]
+        assert [(each.line, each.last) for each in found] == [(1, False)] * (len(found) - 1) + [(1, True)]
+        starts = [0, *(each.offset - len(mark) for each in found[1:]), len(content)]
+        assert [content[a:b].decode() for a, b in pairwise(starts)] == [each.texts[0] for each in found]
+        assert reader.lines == 4
+    if cut is cut_anywhere:
+        assert max(len(each.texts[0]) for each in found) <= block
+    elif cut is not cut_at_space or block == 10**6:
+        assert len(found) == 1
+    bad = content.index("é".encode() * 500) + 301  # the second byte of a character
+    for content in (content[:bad], content[:bad] + b"x" + content[bad:]):  # noqa: B020
+        found = read("a.txt", content, cut=cut)[0]
+        assert isinstance(found[-1], Reject)
+        assert not any(each.last for each in found[:-1])
+        assert found[-1].line == 4
 
 
-@pytest.mark.parametrize("ending", ["", "\n"])
-def test_pieces_of_a_txt_are_the_text(tmp_path, ending):
-    text = ("wörter und 日本語 👩‍👧 " * 30 + "\r\n") * 3 + "é" * 500 + ending
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    for size in (1, 2, 3, 7, 100, 10**6):
-        pieces = list(read_pieces(str(tmp_path / "a.txt"), "text", size))
-        assert "".join(pieces) == text
-        assert max(len(piece.encode()) for piece in pieces) <= 2 * size + 3
+def test_a_long_text_without_a_place_to_cut_costs_no_more_than_once_over(monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 100)
+    seen = 0
+
+    def cut(text):
+        nonlocal seen
+        seen += len(text)
+        return 0
+
+    read("a.txt", b"x" * 100_000, cut=cut)
+    assert seen < 2 * 100_000
+
+
+@pytest.mark.parametrize(("name", "split_on"), [("a.jsonl", "none"), ("a.txt", "line"), ("a.txt", "blank")])
+def test_what_is_too_long_is_rejected(monkeypatch, name, split_on):
+    monkeypatch.setattr(documents, "MAX_LINE", 1000)
+    monkeypatch.setattr(documents, "REJECT_BYTES", 10)
+    most = GOOD[:-3] + b"x" * (1000 - len(GOOD)) + GOOD[-3:]
+    content = b"\n".join([most, b'{"text": "' + b"y" * 5000 + b'"}\n', GOOD, most.strip() + b" \n", GOOD + b"z" * 2000])
+    found, reader = read(name, content, split_on=split_on)
+    assert [each.line for each in found if isinstance(each, Reject)] == [3, 7, 10] if split_on != "blank" else [3, 7, 9]
+    assert {(each.reason, len(each.raw)) for each in found if isinstance(each, Reject)} == {("longer than 1 GiB", 10)}
+    assert [each.line for each in found if isinstance(each, Piece)] == ([1, 5, 9] if split_on != "blank" else [1, 5])
+    assert reader.lines == 10
+    assert read("b.txt", b"x" * 1001, split_on="none")[0][0].reason.startswith("longer than 1 GiB, without a place")
+
+
+@pytest.mark.parametrize(("name", "split_on"), [("a.jsonl", "none"), ("a.txt", "line"), ("a.txt", "blank")])
+def test_a_part_inside_a_long_line_owns_nothing(name, split_on):
+    with open(name, "wb") as file:
+        file.truncate(200_000_000)  # NULs
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + GOOD)
+    tracemalloc.start()
+    try:
+        for start, end in ((1, 2), (1000, 150_000_000), (199_999_999, 200_000_000)):
+            reader = PartReader(Part(name, start, end), split_on=split_on)
+            assert (list(reader), reader.lines, reader.position) == ([], 0, end - start)
+        found = list(PartReader(Part(name, 199_999_999, 200_000_010), split_on=split_on))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert [each.line for each in found] == ([] if split_on == "blank" else [1])
+
+
+@pytest.mark.parametrize(("name", "split_on"), [("a.jsonl", "none"), ("a.txt", "line"), ("a.txt", "blank")])
+@pytest.mark.parametrize("line", [b"words", b"some words\n"])
+def test_a_part_is_not_read_far_beyond_its_end(monkeypatch, name, split_on, line):
+    """Else a file of n parts, all one line, or all one paragraph, would be read n times over."""
+    monkeypatch.setattr(documents, "BLOCK", 100)
+    Path(name).write_bytes(line * 10**5)
+    skipped = 0
+    skip_line = documents._skip_line
+
+    def counted(*arguments):
+        nonlocal skipped
+        found = skip_line(*arguments)
+        skipped += found[0]
+        return found
+
+    monkeypatch.setattr(documents, "_skip_line", counted)
+    list(PartReader(Part(name, 995, 2000), split_on=split_on))
+    assert 0 < skipped < 1200
+
+
+def test_a_paragraph_that_is_too_long_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE", 1000)
+    Path("a.txt").write_bytes(b"some words\n" * 10**5 + b"\nfox")
+    tracemalloc.start()
+    try:
+        found = list(PartReader(whole("a.txt"), split_on="blank"))
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+    assert [each.line for each in found] == [1, 100_002]
+    assert found[0].reason == "longer than 1 GiB"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("split_on", ["none", "line", "blank"])
+@pytest.mark.parametrize("format", ["jsonl", "txt"])
+def test_a_file_that_breaks_off_gives_what_is_before(suffix, split_on, format):
+    name = f"a.{format}{suffix}"
+    rng = random.Random(7)
+    rows = [json.dumps({"text": str(rng.random())}).encode() + b"\n" * (1 + i % 2) for i in range(4000)]
+    store(name, b"".join(rows))
+    packed = Path(name).read_bytes()
+    everything = read(name, None, split_on=split_on)[0]
+    for size in [0, 1, 5, *rng.choices(range(len(packed)), k=10), len(packed) - 1]:
+        found, reader = read(name, packed[:size], split_on=split_on, cut=cut_anywhere)
+        bad = found.pop()
+        assert isinstance(bad, Reject)
+        assert bad.reason.startswith(f"truncated or corrupt {'gzip' if suffix == '.gz' else 'zstd'} (")
+        assert bad.line == reader.lines + 1
+        if format == "txt" and split_on == "none":
+            assert not any(each.last for each in found)
+        else:
+            assert found == everything[: len(found)]
+    if (format, split_on) != ("txt", "none") and suffix == ".gz":
+        assert len(found) > 0.97 * len(everything)
+    assert read(name, b"no such thing\n", split_on=split_on)[0][0].line == 1
+
+
+def test_divisible():
+    for name, split_on, expected in (
+        ("a.jsonl", "none", True),
+        ("a.JSONL", "blank", True),
+        ("a.jsonl.gz", "none", False),
+        ("a.txt", "none", False),
+        ("a.txt", "line", True),
+        ("a.txt", "blank", True),
+        ("a.txt.zst", "line", False),
+        ("a.parquet", "none", False),
+    ):
+        assert divisible(InputFile(name, 9), split_on) == expected
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_rows_of_a_parquet(kind):
+    strings = pyarrow.array(["é" * i if i % 7 else None for i in range(300)])
+    column = strings.dictionary_encode() if kind == "dictionary" else strings.cast(kind)
+    table = pyarrow.table({"n": list(range(300)), "b": ["x"] * 200 + [None] + ["y"] * 99, "text": column})
+    parquet.write_table(table, "a.parquet", row_group_size=130)
+    found, reader = read("a.parquet", None)
+    assert found[0] == Reject(1, 'the value of "text" is null', b"")
+    assert found[8] == Piece(9, 8, ("é" * 8,), True)
+    assert [each.line for each in found] == list(range(1, 301))
+    assert sum(isinstance(each, Reject) for each in found) == 43
+    assert (reader.lines, reader.blank_lines) == (300, 0)
+    assert first_line(whole("a.parquet"), 9, "none") == 9
+    found, _ = read("a.parquet", None, json_keys=("b", "text"))
+    assert found[199:202] == [
+        Piece(200, 199, ("x", "é" * 199), True),
+        Reject(201, 'the value of "b" is null', b""),
+        Piece(202, 201, ("y", "é" * 201), True),
+    ]
+
+
+def test_text_of_a_parquet_that_is_no_utf8():
+    offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"a\xffb")])
+    parquet.write_table(pyarrow.table({"text": column}), "a.parquet")
+    found, _ = read("a.parquet", None)
+    assert found == [
+        Piece(1, 0, ("a",), True),
+        Reject(2, "invalid UTF-8 (invalid start byte)", b""),
+        Piece(3, 2, ("b",), True),
+    ]
+
+
+def test_an_empty_parquet_has_no_rows():
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "a.parquet")
+    assert read("a.parquet", None)[0] == []
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("column", "message"),
     [
-        (GOOD + '{"text": "fox"\n', "a.jsonl:2: broken JSON"),
-        (GOOD + "\n" + '["fox"]\n', "a.jsonl:3: not a JSON object"),
-        (GOOD + '{"body": "fox"}\n', "a.jsonl:2: no key \"text\" (its keys: 'body')"),
-        (GOOD + '{"text": null}\n', 'a.jsonl:2: the value of "text" is not a string but NoneType'),
-        (GOOD + '{"text": "\\ud800"}\n', "a.jsonl:2: a lone surrogate"),
-        (GOOD.encode() + b'{"text": "\xff"}\n', "a.jsonl:2: invalid UTF-8"),
-        ("[" * 100_000, "a.jsonl:1: broken JSON"),
-        ("\0", "a.jsonl:1: broken JSON"),
-        ("", 'no text in "a.jsonl": there is nothing'),
-        ('\n{"text": ""}\n', 'no text in "a.jsonl": there is nothing'),
+        ({"body": ["x"], "n": [1]}, "a.parquet: no column \"text\" (its columns: 'body', 'n'); say which"),
+        ({"text": [1]}, 'a.parquet: column "text" is not text but int64'),
+        ({"text": [b"x"]}, 'a.parquet: column "text" is not text but binary'),
+        ({"text": [["x"]]}, 'a.parquet: column "text" is not text but list<'),
+        ({"text": [{"text": "x"}]}, 'a.parquet: column "text" is not text but struct<'),
+        ({"text": [None]}, 'a.parquet: column "text" is not text but null'),
+        (b"", "cannot read a.parquet: "),
+        (b"PAR1 no such thing PAR1", "cannot read a.parquet: "),
+        (None, "cannot read a.parquet: "),
+        ("gone", "cannot read a.parquet: No such file or directory"),
     ],
 )
-def test_bad_documents(tokenizer_dir, content, message):
-    Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(message, tokenizer_dir, ["a.jsonl"])
+def test_a_parquet_without_text_is_refused(column, message):
+    parquet.write_table(pyarrow.table(column if isinstance(column, dict) else {"text": ["fox"] * 99}), "a.parquet")
+    size = os.path.getsize("a.parquet")
+    if isinstance(column, bytes):
+        Path("a.parquet").write_bytes(column)
+    elif column == "gone":
+        os.remove("a.parquet")
+    elif column is None:  # damage within
+        content = bytearray(Path("a.parquet").read_bytes())
+        content[6:40] = b"\xff" * 34
+        Path("a.parquet").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(PartReader(Part("a.parquet", 0, size)))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
-def test_inputs_without_text_are_named(tokenizer_dir):
-    for name in ("b.txt", "a.txt", "c.jsonl"):
-        Path(name).write_text("")
-    refused('no text in "b.txt" and 2 more: there is nothing to tokenize', tokenizer_dir, ["b.txt", "*"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
+def test_a_file_that_cannot_be_read_is_named(name):
+    for reason in ("No such file or directory", "Is a directory"):
+        with pytest.raises(UserError, match=f"^cannot read {name}: {reason}$"):
+            list(PartReader(Part(name, 0, 5)))
+        os.mkdir(name) if reason.startswith("No") else None
 
 
-def test_the_first_bad_document_is_named_for_any_number_of_workers(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 1)
-    Path("a.jsonl").write_text(GOOD * 30 + "{\n" + GOOD + "[\n" + GOOD * 30)
-    for workers in (1, 2):
-        refused("a.jsonl:31: broken JSON", tokenizer_dir, ["a.jsonl"], workers=workers)
+@pytest.mark.parametrize("size", [1, 3, 100, 10**6])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.zst", "a.parquet"])
+def test_pieces_to_train_a_tokenizer_on(monkeypatch, name, size):
+    monkeypatch.setattr(documents, "BLOCK", 64)
+    rows = ["wörter und 日本語 👩‍👧 " * 9, "", "\r\n", "x" * 99]
+    if "jsonl" in name:
+        store(name, b"\n\n".join(json.dumps({"body": row}).encode() for row in rows))
+    elif name == "a.parquet":
+        parquet.write_table(pyarrow.table({"body": rows}), name)
+    else:
+        store(name, "".join(rows).encode())
+    pieces = list(read_pieces(InputFile(name, os.path.getsize(name)), "body", size))
+    assert "".join(pieces) == "".join(rows)
+    assert 0 < max(map(len, pieces)) <= size
 
 
-@pytest.mark.parametrize("split_on", ["none", "line", "blank"])
-def test_bad_text_has_its_line(tokenizer_dir, split_on):
-    Path("a.txt").write_bytes(b"one\n\ntwo\ncaf\xe9\nfour\n")
-    refused("a.txt:4: invalid UTF-8", tokenizer_dir, ["a.txt"], split_on=split_on)
+def test_training_stops_at_what_is_no_document():
+    Path("a.jsonl").write_bytes(GOOD * 2 + b"\n{\n")
+    with pytest.raises(UserError, match=r"^a\.jsonl:4: broken JSON \(Expecting property name enclosed"):
+        list(read_pieces(InputFile("a.jsonl", 99), "text", 10))

@@ -178,8 +178,14 @@ def test_two_writers_of_one_prefix_do_not_mix(tmp_path):
         first.finish({})
     first.abort()
     second.finish({})
-    second.commit()
+    third = PairWriter(str(tmp_path / "x"), np.dtype("<u2"))
+    with pytest.raises(UserError, match="another process"):
+        second.commit()
     second.abort()
+    third.write(*arguments)
+    third.finish({})
+    third.commit()
+    third.abort()
     assert IndexedDataset(tmp_path / "x").tokens.tolist() == [1, 2]
     assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.idx", "x.manifest.json"]
 

@@ -1,16 +1,23 @@
-"""Who reads which window, and going on from a position."""
+"""Who reads which window, going on from a position, and preparing ahead."""
+
+import random
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from megalite.data.batch import Batch
+from megalite.data.blend import Blend, SampleOrder
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader, eval_batches
 from megalite.errors import UserError
 from tests.unit.test_dataset import make_source
 
 SIZE = 4
+ONE = {"micro_batch": 1, "accumulation": 1, "dp_rank": 0, "dp_size": 1, "seed": 1}
+BLENDS = [None, Blend(["a", "b"], [0.4, 0.6], [6, 23])]
 
 
 @pytest.fixture
@@ -19,27 +26,30 @@ def data(tmp_path):
     return WindowDataset([make_source(tmp_path, "a", list(range(23 * SIZE + 3)))], SIZE)
 
 
-def step_of(data, dp_size, micro_batch, accumulation, seed=1, consumed=0, steps=1):
+def loaders_of(data, dp_size, micro_batch, accumulation, seed=1, **options):
+    """One for each rank."""
+    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "dp_size": dp_size, "seed": seed}
+    return [TrainLoader(data, dp_rank=rank, **shape, **options) for rank in range(dp_size)]
+
+
+def windows_of(loaders, steps=1):
     """The windows that all ranks together read in `steps` steps, in the order of their sample numbers."""
-    loaders = [
-        TrainLoader(
-            data,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            dp_rank=rank,
-            dp_size=dp_size,
-            seed=seed,
-            consumed_samples=consumed,
-        )
-        for rank in range(dp_size)
-    ]
     windows = []
     for _ in range(steps):
         batches = [loader.next_step() for loader in loaders]
-        for micro_step in range(accumulation):
-            for rank in range(dp_size):
-                windows += (batches[rank][micro_step].tokens[:, 0] // SIZE).tolist()
+        for micro_step in zip(*batches, strict=True):
+            for batch in micro_step:
+                windows += (batch.tokens[:, 0] // SIZE).tolist()
     assert len({loader.consumed_samples for loader in loaders}) == 1
+    return windows
+
+
+def step_of(data, dp_size, micro_batch, accumulation, steps=1, **options):
+    """The windows of `steps` steps of new loaders, and the position after them."""
+    loaders = loaders_of(data, dp_size, micro_batch, accumulation, **options)
+    windows = windows_of(loaders, steps)
+    for loader in loaders:
+        loader.close()
     return windows, loaders[0].state_dict()
 
 
@@ -73,38 +83,134 @@ def test_any_layout_of_a_step_reads_the_same_samples(data, dp_size, micro_batch,
 
 def test_samples_of_one_rank(data):
     loader = TrainLoader(data, micro_batch=2, accumulation=2, dp_rank=1, dp_size=3, seed=1, consumed_samples=12)
-    expected = [[loader.window_of(k) for k in samples] for samples in ((14, 15), (20, 21))]
+    order = SampleOrder(23, seed=1)
+    expected = [[order(k) for k in samples] for samples in ((14, 15), (20, 21))]
     got = [(batch.tokens[:, 0] // SIZE).tolist() for batch in loader.next_step()]
+    loader.close()
     assert got == expected
     assert loader.consumed_samples == 24
 
 
-def test_resume_with_other_ranks_and_batch_size_goes_on_exactly(data):
-    whole, _ = step_of(data, 1, 1, 1, steps=60)
-    head, state = step_of(data, dp_size=2, micro_batch=3, accumulation=2, steps=2)
-    loaders = [TrainLoader(data, micro_batch=2, accumulation=1, dp_rank=rank, dp_size=3, seed=1) for rank in range(3)]
-    tail = []
-    for loader in loaders:
-        loader.load_state_dict(state)
-    for _ in range(6):
+@pytest.mark.parametrize("blend", BLENDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history_of_ranks_and_batch_sizes_reads_each_sample_once(data, blend, seed):
+    rng = random.Random(seed)
+    seen, state = [], None
+    for _ in range(5):
+        loaders = loaders_of(data, rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 3), blend=blend, prefetch=3)
         for loader in loaders:
-            tail += (loader.next_step()[0].tokens[:, 0] // SIZE).tolist()
-    assert head + tail == whole
+            if state is not None:
+                loader.load_state_dict(state)
+        seen += windows_of(loaders, rng.randint(1, 4))
+        state = loaders[-1].state_dict()
+        for loader in loaders:
+            loader.close()
+    order = SampleOrder(23, 1, blend)
+    assert seen == [order(k) for k in range(len(seen))]
+    assert state["consumed_samples"] == len(seen) > 23
 
 
 def test_state_is_three_plain_values(data):
     _, state = step_of(data, 1, 2, 1)
     assert state == {"fingerprint": data.fingerprint, "seed": 1, "consumed_samples": 2}
+    _, state = step_of(data, 1, 2, 1, blend=BLENDS[1])
+    assert state == {"fingerprint": BLENDS[1].fingerprint(data.fingerprint), "seed": 1, "consumed_samples": 2}
 
 
-def test_state_of_other_data_or_seed_is_refused(data, tmp_path):
+def test_progress_counts_passes_over_what_was_read(data):
+    loader, blended = TrainLoader(data, **ONE, consumed_samples=45), TrainLoader(data, **ONE, blend=BLENDS[1])
+    loader.next_step()
+    assert loader.progress() == {"epoch": 2.0}
+    for _ in range(15):
+        blended.next_step()
+    assert blended.progress() == {"epochs": pytest.approx({"a": 1.0, "b": 9 / 17})}
+    loader.close()
+    blended.close()
+
+
+def test_state_of_other_data_blend_or_seed_is_refused(data):
     _, state = step_of(data, 1, 1, 1)
     other = WindowDataset(data.sources, SIZE - 1)
-    arguments = {"micro_batch": 1, "accumulation": 1, "dp_rank": 0, "dp_size": 1}
-    with pytest.raises(UserError, match="data or block_size changed"):
-        TrainLoader(other, seed=1, **arguments).load_state_dict(state)
+    message = r"data, its blend or block_size changed: .* --data\.allow_changed_data$"
+    for loader in (TrainLoader(other, **ONE), TrainLoader(data, **ONE, blend=BLENDS[1])):
+        with pytest.raises(UserError, match=message):
+            loader.load_state_dict(state)
     with pytest.raises(UserError, match="seed changed: 1 in the checkpoint, 2 now"):
-        TrainLoader(data, seed=2, **arguments).load_state_dict(state)
+        TrainLoader(data, **ONE | {"seed": 2}, allow_changed_data=True).load_state_dict(state)
+
+
+def test_other_data_is_read_from_the_same_sample_on_where_that_is_asked_for(data):
+    _, state = step_of(data, 1, 1, 1, steps=9)
+    loader = TrainLoader(data, **ONE, blend=BLENDS[1], allow_changed_data=True)
+    notice = loader.load_state_dict(state)
+    assert "changed" in notice
+    assert "sample 9 of" in notice
+    assert windows_of([loader]) == [SampleOrder(23, 1, BLENDS[1])(9)]
+    loader.close()
+    assert TrainLoader(data, **ONE, allow_changed_data=True).load_state_dict(state) is None
+
+
+class Watched(WindowDataset):
+    """Counts the batches that were read, and can fail."""
+
+    read, failure = 0, None
+
+    def batch(self, indices, loss_mask=None):
+        if self.failure is not None:
+            raise self.failure
+        self.read += 1
+        return super().batch(indices, loss_mask)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_steps_are_prepared_ahead_so_many_and_no_more(data, depth):
+    watched = Watched(data.sources, SIZE)
+    loader = TrainLoader(watched, **ONE, prefetch=depth)
+    assert watched.read == 0  # until it is known where to begin
+    for step in range(1, 30):
+        loader.next_step()
+        assert loader.state_dict()["consumed_samples"] == step
+        wait_for(lambda: watched.read == step + depth)  # noqa: B023
+    loader.close()
+    assert watched.read == 29 + depth
+
+
+@pytest.mark.parametrize("failure", [UserError("a bad token"), MemoryError(), SystemExit(3)])
+def test_what_reading_raises_is_raised_by_next_step_each_time(data, failure):
+    watched = Watched(data.sources, SIZE)
+    loader = TrainLoader(watched, **ONE)
+    loader.next_step()
+    wait_for(lambda: watched.read == 3)
+    watched.failure = failure
+    for _ in range(2):
+        loader.next_step()
+    for _ in range(2):
+        with pytest.raises(type(failure)) as caught:
+            loader.next_step()
+        assert caught.value is failure
+    assert loader.consumed_samples == 3
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_closed_is_closed(data):
+    loader = TrainLoader(data, **ONE)
+    loader.close()  # before the first step there is nothing to end
+    loader.next_step()
+    with pytest.raises(RuntimeError, match="before the first step"):
+        loader.load_state_dict(loader.state_dict())
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next_step()
+    loader.close()
 
 
 @pytest.mark.parametrize("shard", [(0, 0, 1), (1, 1, 1), (1, -1, 2)])

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalite.errors import UserError
 from megalite.training.meters import Meters, clock
@@ -78,6 +79,18 @@ def test_floats_round_trip_exactly(tmp_path):
     meters.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [strict(line)["loss"] for line in lines] == losses
+
+
+def test_validation_sets_and_sources_have_scalars_of_their_own(tmp_path):
+    meters = Meters(tmp_path, 0, max_steps=1, resumed_step=0, log_every=1, tensorboard=True)
+    sets = {"eval_loss": 2.0, "eval_losses": {"web": 1.5, "books": math.nan}, "epochs": {"data/a": 0.25}}
+    meters.record({"step": 1, **VALUES, **sets, "grad_norm": None})
+    meters.close()
+    assert strict((tmp_path / "metrics.jsonl").read_text())["eval_losses"] == {"web": 1.5, "books": None}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = {"eval_loss", "eval_loss/web", "eval_loss/books", "epoch/data/a", *VALUES} - {"grad_norm"}
+    assert set(events.Tags()["scalars"]) == tags
+    assert events.Scalars("eval_loss/web")[0].value == 1.5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])

@@ -11,7 +11,7 @@ from tests.unit.tiny_model import CHECKPOINTING, loss_and_gradients, make_batch,
 
 
 class CountOperators(TorchDispatchMode):
-    """Counts the matrix products and attentions that run."""
+    """Counts the matrix products and attentions that run, and how often documents are laid out for attention."""
 
     def __init__(self):
         super().__init__()
@@ -21,37 +21,50 @@ class CountOperators(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm"):
             self.seen["product"] += 1
+        elif name in ("nonzero", "tril"):
+            self.seen["segments"] += 1
         elif "attention" in name:
             self.seen["attention_backward" if name.endswith("backward") else "attention"] += 1
         return function(*args, **(kwargs or {}))
 
 
 RECOMPUTED = {"num_layers": 3, "qk_norm": True, "tie_embeddings": False}
+# In each sequence three documents; with a prefix they take another road.
+DOCUMENTS = {"documents": torch.tensor([0] * 4 + [1] + [2] * 7).expand(2, 12)}
+EVERY_ATTENTION = pytest.mark.parametrize(
+    ("options", "attentions"),
+    [({}, 3), (DOCUMENTS, 18), (DOCUMENTS | {"prefix_embeddings": torch.ones(2, 3, 32)}, 3)],
+    ids=["plain", "documents", "documents and prefix"],
+)
 
 
-def test_recomputation_changes_no_bit():
+@EVERY_ATTENTION
+def test_recomputation_changes_no_bit(options, attentions):
     batch = make_batch()
-    loss, gradients = loss_and_gradients(make_stage(**RECOMPUTED), *batch)
+    loss, gradients = loss_and_gradients(make_stage(**RECOMPUTED), *batch, **options)
     for mode in CHECKPOINTING[1:]:
-        other_loss, other = loss_and_gradients(make_stage(activation_checkpointing=mode, **RECOMPUTED), *batch)
+        stage = make_stage(activation_checkpointing=mode, **RECOMPUTED)
+        other_loss, other = loss_and_gradients(stage, *batch, **options)
         assert torch.equal(other_loss, loss)
         for name, gradient in gradients.items():
             assert torch.equal(other[name], gradient), (mode, name)
 
 
+@EVERY_ATTENTION
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_selective_repeats_no_product_and_full_repeats_all(kv_heads):
+def test_selective_repeats_no_product_and_full_repeats_all(kv_heads, options, attentions):
     counts = {}
     for mode in CHECKPOINTING:
         stage = make_stage(activation_checkpointing=mode, num_kv_heads=kv_heads, **RECOMPUTED)
         with CountOperators() as counter:
-            loss_and_gradients(stage, *make_batch())
+            loss_and_gradients(stage, *make_batch(), **options)
         counts[mode] = counter.seen
-    assert counts["none"]["attention"] == 3
+        assert counter.seen["segments"] == (1 if options else 0)
+    assert counts["none"]["attention"] == attentions  # over 3 layers
     assert counts["none"]["product"] == 3 * (4 * 3 + 1)  # four in each of 3 layers and the head; two more in backward
     assert counts["selective"] == counts["none"]
     # Of a block's four products, backward needs no result of the last, and torch stops before it.
-    assert counts["full"] - counts["none"] == {"product": 3 * 3, "attention": 3}
+    assert counts["full"] - counts["none"] == {"product": 3 * 3, "attention": attentions}
 
 
 def test_evaluation_does_not_checkpoint():

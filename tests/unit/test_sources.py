@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from megalite.config import BlendEntry
 from megalite.data.dataset import WindowDataset
-from megalite.data.sources import cache_prefix, check_tokenizer, index_texts, unigram_entropy
+from megalite.data.sources import (
+    cache_prefix,
+    check_tokenizer,
+    index_texts,
+    make_blend,
+    resolve_blend,
+    unigram_entropy,
+)
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from tests.unit.test_dataset import make_source
@@ -34,6 +42,35 @@ def test_text_is_indexed_once_and_again_when_it_changes(tmp_path, tokenizer_dir)
     text.write_text("dog " * 101)
     assert cache_prefix([str(text)], *cache) != prefix
     assert cache_prefix([str(text)], tokenizer, str(tmp_path / "cache"), "body") != prefix
+
+
+def entries(*prefixes):
+    return [BlendEntry(prefix=prefix, weight=weight) for weight, prefix in enumerate(prefixes, 1)]
+
+
+def test_a_blends_entries_are_parts_of_one_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, tokens in (("a", 9), ("b", 5), ("c1", 13), ("c2", 2), ("c3", 4 + 1)):
+        make_source(tmp_path, name, list(range(tokens)))
+    found = resolve_blend(entries("b.bin", "c*", "a"))
+    assert found == [(["b"], []), (["c1", "c2", "c3"], []), (["a"], [])]
+    dataset = WindowDataset([prefix for prefixes, _ in found for prefix in prefixes], block_size=4)
+    blend = make_blend(entries("b.bin", "c*", "a"), [1, 3, 1], dataset)
+    assert (blend.names, blend.windows, blend.shares) == (["b.bin", "c*", "a"], [1, 4, 2], [1, 2, 3])
+
+
+def test_a_blend_without_a_sense_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long, short = make_source(tmp_path, "long", list(range(9))), make_source(tmp_path, "short", [1, 2, 3, 4])
+    for text in ("x.txt", "y.txt"):
+        Path(text).write_text("fox")
+    with pytest.raises(ConfigError, match=r"^data\.blend: short is shorter than one sequence \(data\.block_size = 4,"):
+        make_blend(entries("long", "short"), [1, 1], WindowDataset([long, short], block_size=4))
+    for twice in (("long", "./long.bin"), ("lon*", "long"), ("*.txt", "./y.txt")):
+        with pytest.raises(ConfigError, match=r"^data\.blend: .* is in both .* and .*; give it once$"):
+            resolve_blend(entries(*twice))
+    with pytest.raises(ConfigError, match=r"^data\.blend: nowhere: no such indexed data"):
+        resolve_blend(entries("long", "nowhere"))
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer_dir):

@@ -1,26 +1,30 @@
 """From text to token files: tokens, order, splits, bad arguments, failures half-way."""
 
-import errno
 import hashlib
 import json
-import multiprocessing
 import os
-import resource
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megalite.data import tokenize
+from megalite.data.assemble import Split
 from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenize import Split
 from megalite.data.tokenizer import EOD, Tokenizer
 from megalite.errors import UserError
-from tests.unit.token_files import PAIR, build, documents_of, files_in, random_documents, refused, write_jsonl
+from tests.unit.token_files import (
+    PAIR,
+    build,
+    documents_of,
+    files_in,
+    random_documents,
+    refused,
+    small_tasks,
+    tool,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("working_folder")
@@ -28,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("working_folder")
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_read_back_is_the_tokenizer_output(tokenizer_dir, seed, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 2000)
+    small_tasks(monkeypatch, 2000)
     first, second = random_documents(120, seed), random_documents(50, seed + 100)
     write_jsonl("a.jsonl", first)
     write_jsonl("b.jsonl", second)
@@ -50,7 +54,7 @@ def test_without_eod(tokenizer_dir):
 
 
 def test_bytes_do_not_depend_on_workers(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 3000)
+    small_tasks(monkeypatch, 3000)
     write_jsonl("a.jsonl", random_documents(300, 1))
     Path("b.txt").write_text("\n".join(random_documents(20, 2)), newline="")
     inputs = ["a.jsonl", "b.txt"]
@@ -65,26 +69,36 @@ def test_bytes_do_not_depend_on_workers(tokenizer_dir, monkeypatch):
 
 def test_manifest_says_what_it_was_made_of(tokenizer_dir):
     Path("a.jsonl").write_text('\n{"body": "the fox"}\n  \n{"body": ""}\n{"body": "é", "text": 3}')
-    summary = build(tokenizer_dir, ["a.jsonl"], json_key="body")[0]
+    summary = build(tokenizer_dir, ["a.jsonl"], json_keys=["body"])[0]
     manifest = json.loads(Path("out/x.manifest.json").read_text())
 
     def sha256(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     assert manifest == {
-        "version": 1,
+        "version": 2,
         "tokenizer_sha256": sha256(Path(tokenizer_dir, "tokenizer.json")),
         "vocab_size": 280,
         "dtype": "uint16",
         "eod_id": 0,
         "append_eod": True,
-        "options": {"json_key": "body", "split_on": "none", "split": None, "part": 0, "seed": 1234},
+        "options": {
+            "json_key": "body",
+            "split_on": "none",
+            "append_eod": True,
+            "split": None,
+            "part": 0,
+            "split_seed": None,
+            "shuffle_seed": None,
+            "max_documents": None,
+        },
         "inputs": [{"path": "a.jsonl", "bytes": os.path.getsize("a.jsonl"), "sha256": sha256("a.jsonl")}],
         "documents": 2,
         "tokens": summary.tokens,
         "text_bytes": 9,
         "empty_documents": 1,
         "blank_lines": 2,
+        "rejects": 0,
         "bin_sha256": sha256("out/x.bin"),
         "idx_sha256": sha256("out/x.idx"),
     }
@@ -99,17 +113,15 @@ def test_forged_end_of_document_stays_text(tokenizer_dir):
 
 @pytest.mark.parametrize(("text", "share"), [("98,2", 0.02), ("1,1", 0.5), ("0.3, 0.7", 0.7), ("999,1", 0.001)])
 def test_split_keeps_its_shares_for_any_number_of_documents(text, share):
-    chosen = [Split(text, seed=3)(number) for number in range(5000)]
-    running = 0
-    for count, part in enumerate(chosen, 1):
-        running += part
-        assert abs(running - count * share) <= 1
-    assert chosen != [Split(text, seed=4)(number) for number in range(5000)]
-    assert chosen == [Split(text, seed=3)(number) for number in range(5000)]
+    numbers = np.arange(5000)
+    chosen = Split(text, seed=3)(numbers)
+    assert (np.abs(np.cumsum(chosen) - (numbers + 1) * share) <= 1).all()
+    assert not np.array_equal(chosen, Split(text, seed=4)(numbers))
+    assert np.array_equal(chosen[1000:1100], Split(text, seed=3)(numbers[1000:1100]))  # of its number alone
 
 
 def test_split_sends_each_document_to_one_side(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 100)
+    small_tasks(monkeypatch, 100)
     texts = [f"fox {number}" for number in range(200)]
     write_jsonl("a.jsonl", texts)
     summaries = build(tokenizer_dir, ["a.jsonl"], split="95,5")
@@ -137,8 +149,16 @@ def test_a_side_without_a_document_is_refused(tokenizer_dir):
         ({"inputs": [""]}, "no such file"),
         ({"inputs": ["missing.jsonl"]}, "no such file"),
         ({"inputs": ["*.parquet"]}, "no file matches"),
-        ({"inputs": ["sub"]}, "is a directory"),
+        ({"inputs": ["sub"]}, "sub"),
         ({"inputs": ["a.csv"]}, "is none of .jsonl, .txt"),
+        ({"inputs": ["-", "a.jsonl"]}, "goes with no other input"),
+        ({"encoder": "fast"}, "encoder"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"max_documents": 0}, "max_documents"),
+        ({"max_reject_fraction": 1.5}, "max_reject_fraction"),
+        ({"json_keys": []}, "json_keys"),
+        ({"json_keys": ["a", "a"]}, "json_keys"),
+        ({"json_keys": ["a", "../b"]}, "becomes a part of a file's name"),
         ({"inputs": ["pipe.txt"]}, "not a regular file"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"split_on": "page"}, "split_on"),
@@ -168,11 +188,19 @@ def test_what_exists_is_kept_unless_it_is_the_same_or_may_go(tokenizer_dir):
     again = build(tokenizer_dir, ["a.jsonl"])
     assert [each.up_to_date for each in first + again] == [False, True]
     assert (again[0].tokens, again[0].documents) == (first[0].tokens, first[0].documents)
-    for change in ({"json_key": "body"}, {"append_eod": False}, {"split_on": "line"}):
-        with pytest.raises(UserError, match="--overwrite"):
+    for change, what in (
+        ({"json_keys": ["body"]}, "json_key: text -> body"),
+        ({"append_eod": False}, "append_eod: True -> False"),
+        ({"split_on": "line"}, "split_on: none -> line"),
+        ({"shuffle_seed": 1}, "shuffle_seed: None -> 1"),
+    ):
+        with pytest.raises(UserError, match=f"({what}.*): pass --overwrite"):
             build(tokenizer_dir, ["a.jsonl"], **change)
+    write_jsonl("b.jsonl", ["fox"])
+    with pytest.raises(UserError, match=r'input "b\.jsonl" is new.*--overwrite'):
+        build(tokenizer_dir, ["*.jsonl"])
     write_jsonl("a.jsonl", ["fox", "brown"])  # the same size
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match=r'input "a\.jsonl" changed.*--overwrite'):
         build(tokenizer_dir, ["a.jsonl"])
     assert before == {name: (Path("out", name).read_bytes(), os.stat(f"out/{name}").st_mtime_ns) for name in PAIR}
     assert not build(tokenizer_dir, ["a.jsonl"], overwrite=True)[0].up_to_date
@@ -180,48 +208,6 @@ def test_what_exists_is_kept_unless_it_is_the_same_or_may_go(tokenizer_dir):
     os.remove("out/x.manifest.json")
     with pytest.raises(UserError, match="--overwrite"):
         build(tokenizer_dir, ["a.jsonl"])
-
-
-@pytest.mark.parametrize("stage", ["documents", "index"])
-def test_a_full_disk_leaves_what_was_there(tokenizer_dir, monkeypatch, stage):
-    write_jsonl("a.jsonl", ["fox"])
-    build(tokenizer_dir, ["a.jsonl"])
-    before = [Path("out", name).read_bytes() for name in PAIR]
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if stage == "documents":
-        monkeypatch.setattr("megalite.data.indexed.PairWriter.write", full)
-    else:
-        monkeypatch.setattr("megalite.data.indexed.stage_file", full)
-    with pytest.raises(UserError, match=r"cannot write out/x: No space left on device"):
-        build(tokenizer_dir, ["a.jsonl"], overwrite=True)
-    assert files_in() == PAIR
-    assert before == [Path("out", name).read_bytes() for name in PAIR]
-
-
-def test_a_killed_worker_ends_the_run(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 1)  # thousands of batches: still at work when it is hit
-    write_jsonl("a.jsonl", ["fox " * 50] * 20_000)
-
-    def kill_one():
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.01)
-        time.sleep(0.5)
-        os.kill(children[0].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(UserError, match="a worker process died"):
-        build(tokenizer_dir, ["a.jsonl"], workers=2)
-    killer.join()
-    assert files_in() == []
-
-
-def tool(*arguments, **options):
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_demo_corpus_is_the_source_of_a_library():
@@ -272,7 +258,7 @@ def test_command_line(tokenizer_dir):
     out, err = run.communicate(timeout=60)
     assert (run.returncode, err) == (0, "")
     assert "1 documents" in out
-    assert "skipped: 1 empty documents" in out
+    assert "left out: 1 empty documents" in out
     assert IndexedDataset("artifacts/data/train").num_documents == 1
 
     Path("a.jsonl").write_text("{")
@@ -281,59 +267,3 @@ def test_command_line(tokenizer_dir):
     assert (run.returncode, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: a.jsonl:1: broken JSON")
     assert files_in("artifacts/data") == ["train.bin", "train.idx", "train.manifest.json"]
-
-
-def test_a_real_write_error_is_one_line(tokenizer_dir):
-    """The kernel refuses files over 20 kB: EFBIG, in the midst of the .bin."""
-    write_jsonl("a.jsonl", ["the quick brown fox " * 5000] * 4)
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    arguments = ["--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x", "--workers", "1"]
-    run = tool(*arguments, preexec_fn=limit)
-    out, err = run.communicate(timeout=60)
-    assert (run.returncode, out) == (1, "")
-    assert err == "error: cannot write out/x: File too large\n"
-    assert files_in() == []
-
-
-@pytest.mark.parametrize("seconds", [0.2, 1.5])  # while the workers start, and when they are at it
-def test_an_interrupted_run_cleans_up(tokenizer_dir, seconds):
-    write_jsonl("a.jsonl", ["fox " * 500] * 20_000)
-    arguments = ["--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x"]
-    run = tool(*arguments, start_new_session=True)
-    while "x.bin.tmp" not in files_in():
-        assert run.poll() is None
-        time.sleep(0.02)
-    time.sleep(seconds)
-    os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
-    _, err = run.communicate(timeout=30)
-    assert (run.returncode, err) == (130, "interrupted\n")
-    assert files_in() == []
-
-
-def test_workers_do_not_outlive_a_killed_run(tokenizer_dir):
-    import psutil
-
-    write_jsonl("a.jsonl", ["fox " * 500] * 20_000)
-    run = tool("--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x")
-    deadline = time.monotonic() + 30
-    workers = []
-    while len(workers) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-        workers = [each for each in psutil.Process(run.pid).children() if "spawn_main" in " ".join(each.cmdline())]
-    time.sleep(1.0)  # until they have started their watch
-    run.kill()
-    run.wait(timeout=10)  # communicate would wait for workers that live on: they hold the pipes
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    for worker in alive:
-        worker.kill()
-    run.communicate(timeout=10)
-    assert len(workers) == 2
-    assert alive == []
-    assert not set(PAIR) & set(files_in())
-    write_jsonl("a.jsonl", ["fox"])
-    build(tokenizer_dir, ["a.jsonl"])  # what the killed run left is no obstacle
-    assert files_in() == PAIR

@@ -1,5 +1,6 @@
 """The tokenizer: exact round trips, special tokens, Hugging Face's reading of it, sampling, bad input."""
 
+import gzip
 import json
 import os
 import random
@@ -7,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 import tokenizers
+import zstandard
+from pyarrow import parquet
 
+from megalite.data.inputs import expand_inputs
 from megalite.data.tokenizer import EOD, Tokenizer, train_tokenizer
 from megalite.errors import UserError
 
@@ -92,6 +97,20 @@ def test_the_same_arguments_give_the_same_file(folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.mark.parametrize("name", ["b.txt.gz", "b.txt.zst", "b.jsonl.gz", "b.parquet"])
+def test_any_input_gives_the_same_file(folder, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / name
+    text = json.dumps({"text": TEXT}) if "jsonl" in name else TEXT
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.table({"text": [TEXT]}), path)
+    else:
+        path.write_bytes((gzip if name.endswith(".gz") else zstandard).compress(text.encode()))
+    summary = train_tokenizer([str(tmp_path / "data")], 350, tmp_path / "out", SPECIAL)
+    assert (summary.files, summary.total_bytes, summary.sampled_bytes) == (1, len(TEXT.encode()), len(TEXT.encode()))
+    assert Tokenizer(tmp_path / "out").sha256 == Tokenizer(folder).sha256
+
+
 def test_foreign_folders(folder, tmp_path):
     """BOS, truncation and padding of a foreign tokenizer are not applied, and its eos_token ends documents."""
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -139,7 +158,7 @@ def test_the_sample_spreads_over_files_and_positions(tmp_path, monkeypatch):
 
     def sample(seed, wanted=size // 5):
         counts = dict.fromkeys(("sampled_bytes", "total_bytes", "sampled_pieces", "total_pieces"), 0)
-        return list(module._sample(paths, wanted, "text", seed, counts)), counts
+        return list(module._sample(expand_inputs(paths), wanted, "text", seed, counts)), counts
 
     pieces, counts = sample(seed=1)
     assert counts["total_pieces"] == 4000

@@ -3,14 +3,18 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megalite.data import journal
 from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenize import build_indexed
 from megalite.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "the",
     "quick",
@@ -56,6 +60,17 @@ def refused(message, *arguments, **options):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert files_in() == []
+
+
+def small_tasks(monkeypatch, size):
+    """Cut inputs into tasks of `size` bytes."""
+    monkeypatch.setattr(journal, "PIECE_BYTES", size)
+
+
+def tool(*arguments, **options):
+    """Start tools/preprocess_data.py."""
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def files_in(folder="out"):

@@ -1,0 +1,247 @@
+"""What makes a build resumable: its plan, the shards of finished tasks and a journal of them, in PREFIX.building/.
+
+    lock            held by the process that builds
+    plan.json       what is built of what; another build does not go on from these shards
+    journal.jsonl   one line for each task whose shards are whole
+    000042.0.bin    tokens of task 42 for json key 0
+    000042.0.docs   i64 [n, 2] of its documents: tokens with EOD, bytes of text (UTF-8)
+    000042.0.rejects  a JSON line for each document of task 42 that was left out
+    stdin.jsonl     standard input, put here to be cut into tasks
+    committing      from here on, files under final names are this build's
+
+A task is cut by the inputs' sizes alone, writes its shards under temporary names and renames them, and is journalled
+after that, so any set of finished tasks can be gone on from, with any number of workers.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megalite.data.documents import Part, divisible
+from megalite.data.indexed import atomic_write
+from megalite.data.inputs import InputFile, open_raw
+from megalite.errors import UserError
+
+PIECE_BYTES = 4 * 2**20  # inputs are cut and hashed at multiples of this
+MAX_TASKS = 4096  # from 16 GB on, tasks grow instead of becoming more
+MAX_PARTS = 4096  # of one task: a million empty files are some work too
+HASH_BLOCK = 2**20
+
+
+class Task(NamedTuple):
+    number: int
+    parts: tuple[Part, ...]
+
+
+def plan_tasks(files: Sequence[InputFile], split_on: str) -> Iterator[Task]:
+    """Cut inputs into tasks of about the same size: ranges of a file where it can be cut, small files together."""
+    total = sum(file.size for file in files)
+    unit = PIECE_BYTES * max(1, -(-total // (PIECE_BYTES * MAX_TASKS)))
+    number, parts, size = 0, [], 0
+    for file in files:
+        step = unit if divisible(file, split_on) else max(1, file.size)
+        for start in range(0, max(1, file.size), step):
+            part = Part(file.path, start, min(start + step, file.size))
+            if parts and (size + part.end - part.start > unit or len(parts) == MAX_PARTS):
+                yield Task(number, tuple(parts))
+                number, parts, size = number + 1, [], 0
+            parts.append(part)
+            size += part.end - part.start
+    if parts:
+        yield Task(number, tuple(parts))
+
+
+def hash_pieces(part: Part, size: int) -> list[str]:
+    """SHA-256 (hex) of each `size` bytes of a part, or of what is there of it now."""
+    digests = []
+    with open_raw(part.path) as file:
+        file.seek(part.start)
+        left = part.end - part.start
+        while left or not digests:
+            digest, in_piece = hashlib.sha256(), min(left, size)
+            left -= in_piece
+            while in_piece and (block := file.read(min(HASH_BLOCK, in_piece))):
+                digest.update(block)
+                in_piece -= len(block)
+            digests.append(digest.hexdigest())
+    return digests
+
+
+def combine(pieces: list[str]) -> str:
+    """A file's hash from its pieces': that of the only one, else the SHA-256 of their hashes in a row."""
+    return pieces[0] if len(pieces) == 1 else hashlib.sha256(bytes.fromhex("".join(pieces))).hexdigest()
+
+
+def hash_file(file: InputFile) -> str:
+    """What `combine` gives for a whole file."""
+    return combine(hash_pieces(Part(file.path, 0, file.size), PIECE_BYTES))
+
+
+def describe_changes(before: dict, now: dict) -> str:
+    """In words, how two plans (or what manifests say of one) differ; empty if they don't."""
+    found = []
+    for key in now.keys() | before.keys():
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key == "inputs":
+            found += _describe_inputs(old or [], new or [])
+        elif isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+        elif key == "tokenizer_sha256":
+            found.append("the tokenizer")
+        else:
+            found.append(f"{key}: {old} -> {new}")
+    return ", ".join(sorted(found))
+
+
+def _describe_inputs(old: list[dict], new: list[dict]) -> list[str]:
+    before, now = ({each["path"]: each for each in inputs} for inputs in (old, new))
+    found = [f'input "{path}" changed' for path in before.keys() & now.keys() if before[path] != now[path]]
+    found += [f'input "{path}" is new' for path in now.keys() - before.keys()]
+    found += [f'input "{path}" is gone' for path in before.keys() - now.keys()]
+    rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [*sorted(found)[:2], sorted(found)[2] + rest] if len(found) > 2 else found or ["the order of the inputs"]
+
+
+class WorkFolder:
+    """PREFIX.building, locked by this process from the beginning to `close`.
+
+    Raises `UserError` when another process holds it, or it can't be written.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.path = Path(f"{prefix}.building")
+        self.prefix = prefix
+        self._journal: Any = None
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path / "lock", "ab")  # noqa: SIM115 -- held until close
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.exists(self.path / "lock") and os.path.samestat(
+                    os.stat(self.path / "lock"), os.fstat(self._lock.fileno())
+                ):
+                    return
+            except BlockingIOError:
+                self._lock.close()
+                raise UserError(f"another process is building {prefix}: let it finish, or stop it") from None
+            except FileNotFoundError:
+                continue  # the process before us has just removed the folder
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            self._lock.close()
+
+    def open_journal(self, plan: dict, tasks: Sequence[Task], *, discard: bool, threads: int) -> dict[int, dict]:
+        """The journal entries, by task, of an earlier run of the same plan, to go on from; none: this run begins.
+
+        discard: begin anew where the plan or an input has changed, instead of raising `UserError` with what changed.
+        """
+        entries = self._read_entries()
+        before = self._read_plan()
+        if entries and before is not None:
+            changed = describe_changes(before, plan) or self._changed_inputs(entries, tasks, threads)
+            if changed and not discard:
+                raise UserError(
+                    f"{self.path} holds an interrupted build of something else ({changed}): restore that and run it "
+                    "again, or pass --overwrite to begin anew"
+                )
+            if changed:
+                entries = {}
+        else:
+            entries = {}
+        try:
+            if not entries:
+                self.clear()
+                atomic_write(self.path / "plan.json", [json.dumps(plan).encode()])
+            lines = [json.dumps(entry).encode() + b"\n" for entry in entries.values()]
+            atomic_write(self.path / "journal.jsonl", lines)  # without the line that a kill left unfinished
+            self._journal = open(self.path / "journal.jsonl", "ab")  # noqa: SIM115 -- held until close
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        return entries
+
+    def record(self, entry: dict) -> None:
+        """Journal a finished task, down to the disk. Raises OSError."""
+        self._journal.write(json.dumps(entry).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(self._read_entries())
+
+    @property
+    def committing(self) -> bool:
+        """Whether an earlier run of the plan that is here had begun to give files their final names."""
+        return (self.path / "committing").exists()
+
+    def begin_commit(self) -> None:
+        (self.path / "committing").touch()
+
+    def clear(self) -> None:
+        """Remove all that earlier runs left, but the lock and what came by standard input in this one."""
+        for path in self.path.iterdir():
+            if path.name != "lock" and not path.name.startswith("stdin."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of the folder; remove: it is not needed again."""
+        if self._journal is not None:
+            self._journal.close()
+        if remove:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    def _read_plan(self) -> dict | None:
+        try:
+            plan = json.loads((self.path / "plan.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return plan if isinstance(plan, dict) else None
+
+    def _read_entries(self) -> dict[int, dict]:
+        """Whole lines of the journal whose shards are there."""
+        try:
+            lines = (self.path / "journal.jsonl").read_bytes().split(b"\n")[:-1]
+        except OSError:
+            return {}
+        entries = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                number, shards = entry["task"], entry["shards"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            paths = [
+                self.path / shard_name(number, key, kind) for key in range(len(shards)) for kind in ("bin", "docs")
+            ]
+            sizes = [size for shard in shards for size in (shard["bytes"], 16 * shard["documents"])]
+            if all(path.exists() and path.stat().st_size == size for path, size in zip(paths, sizes, strict=True)):
+                entries[number] = entry
+        return entries
+
+    def _changed_inputs(self, entries: dict[int, dict], tasks: Sequence[Task], threads: int) -> str:
+        """Which inputs of finished tasks are no longer what they were, by their hashes; empty: none."""
+        mine = [(task, entries[task.number]) for task in tasks if task.number in entries]
+        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
+            hashed = pool.map(lambda pair: [hash_pieces(part, PIECE_BYTES) for part in pair[0].parts], mine)
+            changed = {
+                part.path
+                for (task, entry), pieces in zip(mine, hashed, strict=True)
+                for part, then, now in zip(task.parts, entry["pieces"], pieces, strict=True)
+                if then != now
+            }
+        names = [f'input "{path}" changed' for path in sorted(changed)]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def shard_name(number: int, key: int, kind: str) -> str:
+    return f"{number:06d}.{key}.{kind}"
