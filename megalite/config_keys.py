@@ -36,13 +36,18 @@ class Key:
 
     @property
     def kinds(self) -> set[str]:
-        """JSON schema types that a value may have: string, integer, number, boolean, array, null."""
-        return {choice["type"] for choice in self.schema.get("anyOf", [self.schema])}
+        """JSON schema types that a value may have: string, integer, number, boolean, array, object, null."""
+        return {choice["type"] for choice in self.choices}
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """The JSON schemas of which a value must fit one."""
+        return self.schema.get("anyOf", [self.schema])
 
     @property
     def wants(self) -> str:
         """The legal values in words, such as `int >= 1 or null`."""
-        return " or ".join(_describe(choice) for choice in self.schema.get("anyOf", [self.schema]))
+        return " or ".join(map(_describe, self.choices))
 
 
 def schema_keys() -> dict[str, Key]:
@@ -53,10 +58,22 @@ def schema_keys() -> dict[str, Key]:
             model, fields, prefix = root_field.annotation, root_field.annotation.model_fields, f"{name}."
         else:
             model, fields, prefix = Config, {name: root_field}, ""
-        schemas = model.model_json_schema()["properties"]
+        schema = model.model_json_schema()
         for leaf, info in fields.items():
-            keys[prefix + leaf] = Key(prefix + leaf, info.default, info.description or "", schemas[leaf])
+            own = _inline(schema["properties"][leaf], schema.get("$defs", {}))
+            keys[prefix + leaf] = Key(prefix + leaf, info.default, info.description or "", own)
     return keys
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema with what it refers to in its place."""
+    if isinstance(schema, list):
+        return [_inline(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(each, definitions) for name, each in schema.items()}
 
 
 def find_key(name: str, keys: dict[str, Key]) -> Key | None:
@@ -119,6 +136,8 @@ def show(value: Any) -> str:
             text = '"' + "".join(c if c.isprintable() else "?" for c in value) + '"'
         case list():
             text = f"[{', '.join(show(item) for item in value[:9])}]"
+        case dict():
+            text = f"{{{', '.join(f'{name}: {show(item)}' for name, item in value.items())}}}"
         case int() if value.bit_length() > 256:
             text = "a huge number"  # str() refuses one of more than 4300 digits
         case _:
@@ -139,6 +158,11 @@ def _describe(schema: dict[str, Any]) -> str:
         return " | ".join(schema["enum"])
     if schema["type"] == "array":
         return f"list of {_describe(schema['items'])}"
+    if "properties" in schema:
+        return f"{{{', '.join(f'{name}: {_describe(each)}' for name, each in schema['properties'].items())}}}"
+    if schema["type"] == "object":
+        ((pattern, each),) = schema["patternProperties"].items()
+        return f"{{{pattern.strip('^$')}: {_describe(each)}, ...}}"
     names = {"integer": "int", "number": "float", "boolean": "true | false", "string": "str", "null": "null"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]

@@ -3,6 +3,7 @@
 Each value remembers where it came from, so that an error can name the file's line or the flag.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +83,14 @@ def parse_command_line(argv: list[str], keys: dict[str, Key]) -> CommandLine:
 def format_config(loaded: LoadedConfig) -> str:
     """The merged configuration as YAML that loads to the same, each value with its source in a comment."""
     rows: list[tuple[str, str]] = []
+    plain = loaded.config.model_dump()
     section = ""
     for name, source in loaded.sources.items():
         prefix, _, leaf = name.rpartition(".")
         if prefix != section:
             section = prefix
             rows += [(f"{prefix}:", "")] if prefix else []
-        value = getattr(getattr(loaded.config, prefix) if prefix else loaded.config, leaf)
+        value = plain[prefix][leaf] if prefix else plain[leaf]
         comment = "".join(c if c.isprintable() else "?" for c in source)
         rows.append((f"{'  ' if prefix else ''}{leaf}: {format_value(value)}", f"# {comment}"))
     width = min(48, max(len(text) for text, _ in rows))
@@ -115,7 +117,7 @@ def _apply_flag(line: CommandLine, flag: str, values: list[str], keys: dict[str,
         raise ConfigError(f"needs a value: {key.wants if key else SPECIAL_FLAGS[name]}")
     if key is not None and "array" in key.kinds:
         # `--eval-files=` empties a list that the YAML file fills.
-        _set(line, key.name, [] if values == [""] else values, flag)
+        _set(line, key.name, [] if values == [""] else _parse_list(values, key), flag)
         return len(values)
     if key is not None:
         _set(line, key.name, _parse_value(values[0], key), flag)
@@ -139,6 +141,34 @@ def _parse_value(text: str, key: Key) -> Any:
     return text if "string" in key.kinds else parse_scalar(text)
 
 
+def _place_of(setting: Setting, location: tuple) -> str:
+    """The place of the part that pydantic names: (section, key, 1, "weight"), or with a choice after the key."""
+    for start, end in ((2, 4), (2, 3), (3, 5), (3, 4)):
+        if location[start:end] in setting.places:
+            return setting.places[location[start:end]] or setting.place
+    return setting.place
+
+
+def _parse_list(values: list[str], key: Key) -> Any:
+    """The value of a key that takes a list: PATH=WEIGHT for a blend, NAME=PATH for validation sets with names."""
+    if key.name == "data.blend":
+        if wrong := [text for text in values if "=" not in text]:
+            raise ConfigError(f"got {show(wrong[0])}, wants PATH=WEIGHT")
+        pairs = [text.rpartition("=") for text in values]
+        return [{"prefix": prefix, "weight": parse_scalar(weight)} for prefix, _, weight in pairs]
+    if key.name == "data.eval_files":
+        named = [re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text) for text in values]
+        if all(named):
+            sets: dict[str, list[str]] = {}
+            for name, path in (match.groups() for match in named if match):
+                sets.setdefault(name, []).append(path)
+            return sets
+        if any(named):
+            plain = next(text for text, match in zip(values, named, strict=True) if not match)
+            raise ConfigError(f"{show(plain)} has no name, but others have; give each as NAME=PATH, or none")
+    return values
+
+
 def _validate(settings: dict[str, Setting], keys: dict[str, Key]) -> tuple[Config, list[str]]:
     """The typed configuration, or one line for each value that its field refuses."""
     tree: dict[str, Any] = {}
@@ -149,12 +179,14 @@ def _validate(settings: dict[str, Setting], keys: dict[str, Key]) -> tuple[Confi
         return Config.model_validate(tree), []
     except ValidationError as error:
         problems: dict[str, str] = {}  # a value that fails several choices of a union is one problem
-        for detail in error.errors(include_url=False):
+        # The deepest last: where the choices are a list and a mapping, it is of the one that the value is.
+        for detail in sorted(error.errors(include_url=False), key=lambda each: len(each["loc"])):
             names = [".".join(map(str, detail["loc"][:depth])) for depth in (1, 2)]
             name = next(name for name in names if name in keys)
-            value, key = settings[name].value, keys[name]
-            if isinstance(value, list) and "array" in key.kinds:
+            value, key, place = settings[name].value, keys[name], settings[name].place
+            if isinstance(value, list | dict) and key.kinds & {"array", "object"}:
                 value = detail["input"]
+                place = _place_of(settings[name], detail["loc"])
             got = f"{show(value)}{'' if value is None else f' ({type(value).__name__})'}"
-            problems[name] = f"{settings[name].place}: {name}: got {got}, wants {key.wants}"
+            problems[name] = f"{place}: {name}: got {got}, wants {key.wants}"
         return Config(), list(problems.values())

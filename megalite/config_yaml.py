@@ -1,11 +1,13 @@
 """YAML in, with the line of each value and an exact place for each error; YAML scalars out. Imports no torch.
 
-The schema is two levels deep, and so is the reader: what lies deeper is never built, and nested aliases cannot blow up.
+The reader builds nothing that is deeper than a key's schema, nor a value of very many parts: nested aliases cannot blow
+up.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -14,6 +16,7 @@ from megalite.config_keys import Key, nearest_key, show
 from megalite.errors import ConfigError
 
 MAX_BYTES = 256 * 1024  # hundreds of times a real configuration; keeps /dev/zero and the like from filling memory
+MAX_PARTS = MAX_BYTES  # of one value: only aliases can make more
 TAG = "tag:yaml.org,2002:"
 PLAIN_TAGS = {TAG + name for name in ("null", "bool", "int", "float", "str", "seq")}
 
@@ -24,6 +27,7 @@ class Setting(NamedTuple):
     value: Any
     source: str  # "configs/small.yaml:12" or "command line (--learning-rate)"
     place: str  # how an error names it: file:line, or the flag
+    places: Mapping[tuple, str] = MappingProxyType({})  # the same for its parts: (1, "weight") -> file:line
 
 
 class _Loader(yaml.SafeLoader):
@@ -82,6 +86,8 @@ def format_value(value: Any) -> str:
     match value:
         case list():
             return f"[{', '.join(format_value(item) for item in value)}]"
+        case dict():
+            return f"{{{', '.join(f'{format_value(name)}: {format_value(item)}' for name, item in value.items())}}}"
         case str():
             plain = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./*-]*", value) and isinstance(parse_scalar(value), str)
             # Quoted by PyYAML, not json: JSON's surrogate pairs are two characters to YAML.
@@ -150,17 +156,58 @@ def _add(
     path: str,
     problems: list[str],
 ) -> None:
-    place, name = _place(path, key_node), key.name
-    items = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
-    nested = next((node for node in items if not isinstance(node, yaml.ScalarNode)), None)
-    foreign = next((node for node in [value_node, *items] if node.tag not in PLAIN_TAGS), None)
-    if nested is not None:
-        problems.append(f"{place}: {name}: got {_kind(nested)}, wants {key.wants}")
-    elif foreign is not None:
-        problems.append(f"{place}: {name}: tag {_tag(foreign)} is not allowed; write a plain value")
-    else:
-        values = [_scalar(node) for node in items]
-        settings[name] = Setting(values if isinstance(value_node, yaml.SequenceNode) else values[0], place, place)
+    value = _Value(key, path, _place(path, key_node))
+    try:
+        plain = value.build(value_node, key.choices)
+        settings[key.name] = Setting(plain, value.places[()], value.places[()], value.places)
+    except ConfigError as error:
+        problems.append(str(error))
+
+
+class _Value:
+    """One key's value in the making, and the place of each of its parts."""
+
+    def __init__(self, key: Key, path: str, place: str) -> None:
+        self.key, self.path = key, path
+        self.places: dict[tuple, str] = {(): place}
+
+    def build(self, node: yaml.Node, choices: list[dict[str, Any]], inner: tuple = ()) -> Any:
+        """The plain value of the part at `inner`; ConfigError where it is deeper than the JSON schemas `choices`.
+
+        A scalar or a list of them where something else should be is left to the schema.
+        """
+        place = self.places.setdefault(inner, _place(self.path, node))
+        if len(self.places) > MAX_PARTS:
+            raise ConfigError(f"{self.places[()]}: {self.key.name}: more than {MAX_PARTS} parts; write fewer")
+        if not isinstance(node, yaml.MappingNode) and node.tag not in PLAIN_TAGS:
+            raise ConfigError(f"{place}: {self.key.name}: tag {_tag(node)} is not allowed; write a plain value")
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        kind = "array" if isinstance(node, yaml.SequenceNode) else "object"
+        schema = next((choice for choice in choices if choice["type"] == kind), None)
+        if kind == "array" and (schema or not inner):
+            items = [schema["items"]] if schema else []
+            return [self.build(item, items, (*inner, i)) for i, item in enumerate(node.value)]
+        if schema is None:
+            raise ConfigError(f"{place}: {self.key.name}: got {_kind(node)}, wants {self.key.wants}")
+        return self._mapping(node, schema, inner)
+
+    def _mapping(self, node: yaml.MappingNode, schema: dict[str, Any], inner: tuple) -> dict[str, Any]:
+        """Keys are those of the schema, or any, where it has only a pattern for them."""
+        problems: list[str] = []
+        built = {}
+        for name, key_node, value_node in _entries(node, f"{self.key.name}.", self.path, problems):
+            leaf = name.removeprefix(f"{self.key.name}.")
+            known = schema.get("properties", {})
+            if known and leaf not in known:
+                problems.append(f"{_place(self.path, key_node)}: {name}: unknown key; wants {self.key.wants}")
+            if problems:
+                break
+            wanted = [known[leaf]] if known else list(schema["patternProperties"].values())
+            built[leaf] = self.build(value_node, wanted, (*inner, leaf))
+        if problems:
+            raise ConfigError(problems[0])
+        return built
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:

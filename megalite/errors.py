@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one clear line, a chosen exit code, no traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, Self
@@ -30,7 +31,9 @@ def run_main(main: Callable[[], int | None], *, rank: int = 0, local_rank: int =
     What goes wrong before the ranks have met goes wrong on all processes of a machine, so the first of them speaks.
     """
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if rank == 0 or (not error.on_every_rank if met else local_rank == 0):
@@ -39,6 +42,9 @@ def run_main(main: Callable[[], int | None], *, rank: int = 0, local_rank: int =
                 print(f"error: {where}{line}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        sys.exit(141)  # 128 + SIGPIPE, as the shell has it for other programs
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

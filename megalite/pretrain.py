@@ -6,6 +6,7 @@ deepspeed megalite/pretrain.py --config configs/small.yaml
 import math
 import os
 import sys
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def main() -> int:
     training = config.training
     topology.together(check_precision, training.precision, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
-    train, validation = open_data(config, topology)
+    train, blend, validation = open_data(config, topology)
     max_steps = topology.together(steps_to_train, config, len(train), global_batch)
     found, branched_from = find_resume(config, topology)
 
@@ -75,10 +76,13 @@ def main() -> int:
         dp_rank=topology.data_rank,
         dp_size=topology.grid.data,
         seed=training.seed,
+        blend=blend,
+        prefetch=config.data.prefetch,
+        device=topology.device,
+        allow_changed_data=config.data.allow_changed_data,
     )
     trainer = Trainer(config, topology, engine, loader, validation, max_steps)
-    if found is not None:
-        trainer.resume(found, branched_from)
+    notice = trainer.resume(found, branched_from) if found is not None else None
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
 
     run_dir = Path(config.logging.run_dir or f"runs/{trainer.output_dir.resolve().name}")
@@ -97,7 +101,10 @@ def main() -> int:
         meters.print(f"moved     checkpoints beyond step {trainer.step}, which were there, to {aside}")
     if found is not None:
         meters.print(f"resumed   from {found.folder}, step {trainer.step}")
-    result = trainer.fit(meters)
+    if notice is not None:
+        meters.print(f"warning   {notice}")
+    with closing(loader):
+        result = trainer.fit(meters)
     if meters.active:  # the summary reads the validation data once more
         meters.print(report.summary(result, trainer.step, validation, training.eval_sequences))
     meters.close()

@@ -25,6 +25,7 @@ from megalite.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+MANIFEST_VERSION = 2  # of PREFIX.manifest.json
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D: 34 bytes
 # Codes 6 and 7 are floats (and swapped in gpt-neox), so they can't be tokens.
 DTYPES = {code: np.dtype(name) for code, name in {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}

@@ -13,6 +13,7 @@ A task is cut by the inputs' sizes alone, writes its shards under temporary name
 after that, so any set of finished tasks can be gone on from, with any number of workers.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from megalite.data.documents import Part, divisible
 from megalite.data.indexed import atomic_write
@@ -119,24 +120,25 @@ class WorkFolder:
     def __init__(self, prefix: str) -> None:
         self.path = Path(f"{prefix}.building")
         self.prefix = prefix
-        self._journal: Any = None
+        self._journal: BinaryIO | None = None
+        try:
+            self._lock = self._take_lock()
+        except BlockingIOError:
+            raise UserError(f"another process is building {prefix}: let it finish, or stop it") from None
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _take_lock(self) -> BinaryIO:
+        path = self.path / "lock"
         while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.path / "lock", "ab")  # noqa: SIM115 -- held until close
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(self.path / "lock") and os.path.samestat(
-                    os.stat(self.path / "lock"), os.fstat(self._lock.fileno())
-                ):
-                    return
-            except BlockingIOError:
-                self._lock.close()
-                raise UserError(f"another process is building {prefix}: let it finish, or stop it") from None
-            except FileNotFoundError:
-                continue  # the process before us has just removed the folder
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-            self._lock.close()
+            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as opened:
+                lock = opened.enter_context(open(path, "ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    opened.pop_all()
+                    return lock
+            # The process before us removed the folder between our opening the file and locking it.
 
     def open_journal(self, plan: dict, tasks: Sequence[Task], *, discard: bool, threads: int) -> dict[int, dict]:
         """The journal entries, by task, of an earlier run of the same plan, to go on from; none: this run begins.

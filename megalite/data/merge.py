@@ -14,6 +14,7 @@ from megalite.data.indexed import (
     CODES,
     HEADER,
     MAGIC,
+    MANIFEST_VERSION,
     VERSION,
     PairWriter,
     pair_paths,
@@ -24,7 +25,6 @@ from megalite.data.progress import Progress
 from megalite.data.validate import CHUNK_BYTES, expand_prefixes, validate
 from megalite.errors import UserError
 
-MANIFEST_VERSION = 2  # as tokenize.build_indexed writes it
 AGREED = ("tokenizer_sha256", "vocab_size", "eod_id", "append_eod")  # of the manifests: kept where all inputs agree
 
 

@@ -1,16 +1,19 @@
-"""From `data.train_files` and `data.eval_files` to windows: indexed data as it is, text after tokenizing it once."""
+"""From `data.train_files`, `data.blend` and `data.eval_files` to windows: indexed data as it is, text once indexed."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from glob import has_magic
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from megalite.config import Config
+from megalite.config import BlendEntry, Config
+from megalite.data.blend import Blend
 from megalite.data.dataset import WindowDataset, evaluated_windows
-from megalite.data.documents import SUFFIXES, expand_inputs, match_paths
 from megalite.data.indexed import data_prefix
+from megalite.data.inputs import expand_inputs, is_text, match_paths
 from megalite.data.tokenize import build_indexed
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
@@ -27,14 +30,14 @@ def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[st
     texts: list[str] = []
     for pattern in patterns:
         prefix = data_prefix(pattern)
-        if pattern.endswith(SUFFIXES):
+        if is_text(pattern):
             texts.append(pattern)
         elif Path(f"{prefix}.idx").exists():
             prefixes[prefix] = None
         elif has_magic(pattern):
             matched = match_paths(pattern)
             pairs = [path for path in matched if path.endswith((".bin", ".idx"))]
-            found = [path for path in matched if path.endswith(SUFFIXES)]
+            found = [path for path in matched if is_text(path)]
             if not pairs and not found:
                 raise ConfigError(f"{key}: {pattern} matches no .bin, .idx, .txt or .jsonl file")
             prefixes |= dict.fromkeys(map(data_prefix, pairs))
@@ -44,7 +47,7 @@ def resolve_files(patterns: Sequence[str], key: str) -> tuple[list[str], list[st
                 f"{key}: {pattern}: no such indexed data ({prefix}.idx does not exist);"
                 " build it with tools/preprocess_data.py, or give .txt or .jsonl files"
             )
-    return list(prefixes), expand_inputs(texts) if texts else []
+    return list(prefixes), [file.path for file in expand_inputs(texts)] if texts else []
 
 
 def cache_prefix(texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json_key: str) -> str:
@@ -61,7 +64,7 @@ def index_texts(texts: Sequence[str], tokenizer: Tokenizer, cache_dir: str, json
     prefix = cache_prefix(texts, tokenizer, cache_dir, json_key)
     if Path(f"{prefix}.manifest.json").exists():
         return  # the manifest is written last
-    build_indexed(list(texts), tokenizer.folder, prefix, json_key=json_key, workers=workers)
+    build_indexed(list(texts), tokenizer.folder, prefix, json_keys=(json_key,), workers=workers)
 
 
 def check_tokenizer(dataset: WindowDataset, tokenizer: Tokenizer, key: str) -> None:
@@ -89,8 +92,32 @@ def unigram_entropy(dataset: WindowDataset, windows: int | None = None) -> float
     return float(-(probability * np.log(probability)).sum())
 
 
-def open_data(config: Config, topology: Topology) -> tuple[WindowDataset, WindowDataset | None]:
-    """(training windows, validation windows or None), after checks that every rank shares."""
+def resolve_blend(entries: Sequence[BlendEntry]) -> list[tuple[list[str], list[str]]]:
+    """What `resolve_files` finds for each entry of a blend; ConfigError where two entries name the same data."""
+    found = [resolve_files([entry.prefix], "data.blend") for entry in entries]
+    owners: dict[str, str] = {}
+    for entry, (prefixes, texts) in zip(entries, found, strict=True):
+        for path in (*prefixes, *texts):
+            owner = owners.setdefault(os.path.realpath(path), entry.prefix)
+            if owner != entry.prefix:
+                raise ConfigError(f"data.blend: {path} is in both {owner} and {entry.prefix}; give it once")
+    return found
+
+
+def make_blend(entries: Sequence[BlendEntry], sources: Sequence[int], dataset: WindowDataset) -> Blend:
+    """The blend of a dataset in which entry i is the next `sources[i]` of its sources."""
+    ends = [dataset.ends[last - 1] for last in accumulate(sources)]
+    for entry, (start, end) in zip(entries, pairwise([0, *ends]), strict=True):
+        if start == end:
+            raise ConfigError(
+                f"data.blend: {entry.prefix} is shorter than one sequence (data.block_size = {dataset.block_size}, and "
+                "the token after it); remove it, or lower block_size"
+            )
+    return Blend([entry.prefix for entry in entries], [entry.weight for entry in entries], ends)
+
+
+def open_data(config: Config, topology: Topology) -> tuple[WindowDataset, Blend | None, dict[str, WindowDataset]]:
+    """(training windows, their blend, validation windows by the set's name), after checks that every rank shares."""
     data = config.data
 
     def check_vocabulary() -> Tokenizer:
@@ -102,17 +129,37 @@ def open_data(config: Config, topology: Topology) -> tuple[WindowDataset, Window
             )
         return tokenizer
 
-    def open_windows(files: list[str], key: str, tokenizer: Tokenizer) -> WindowDataset:
-        prefixes, texts = topology.together(resolve_files, files, key)
-        if texts:
-            cached = (texts, tokenizer, data.cache_dir, data.json_key)
-            topology.on_first(index_texts, *cached, data.num_workers)
-            prefixes.append(topology.together(cache_prefix, *cached))
-        dataset = topology.together(WindowDataset, prefixes, data.block_size, config.model.vocab_size)
+    def index(prefixes: list[str], texts: list[str]) -> list[str]:
+        """`prefixes`, and behind them that of the indexed texts."""
+        if not texts:
+            return prefixes
+        cached = (texts, tokenizer, data.cache_dir, data.json_key)
+        topology.on_first(index_texts, *cached, data.num_workers)
+        return [*prefixes, topology.together(cache_prefix, *cached)]
+
+    def open_windows(prefixes: list[str], key: str) -> WindowDataset:
+        dataset = topology.together(
+            WindowDataset,
+            prefixes,
+            data.block_size,
+            config.model.vocab_size,
+            reset_positions=data.reset_positions,
+            mask_documents=data.mask_documents,
+        )
         topology.together(check_tokenizer, dataset, tokenizer, key)
         return dataset
 
     tokenizer = topology.together(check_vocabulary)
-    train = open_windows(data.train_files, "data.train_files", tokenizer)
-    validation = open_windows(data.eval_files, "data.eval_files", tokenizer) if data.eval_files else None
-    return train, validation
+    blend = None
+    if data.blend:
+        parts = [index(*found) for found in topology.together(resolve_blend, data.blend)]
+        train = open_windows([prefix for part in parts for prefix in part], "data.blend")
+        blend = topology.together(make_blend, data.blend, [len(part) for part in parts], train)
+    else:
+        key = "data.train_files"
+        train = open_windows(index(*topology.together(resolve_files, data.train_files, key)), key)
+    validation = {}
+    for name, files in data.eval_sets.items():
+        key = f"data.eval_files.{name}" if name else "data.eval_files"
+        validation[name] = open_windows(index(*topology.together(resolve_files, files, key)), key)
+    return train, blend, validation

@@ -17,7 +17,7 @@ from megalite.data import journal
 from megalite.data.assemble import Build, BuildSummary, Output, Split, assemble
 from megalite.data.documents import SPLIT_ON, first_line
 from megalite.data.encoders import ENCODERS
-from megalite.data.indexed import IndexedDataset, pair_paths
+from megalite.data.indexed import MANIFEST_VERSION, IndexedDataset, pair_paths
 from megalite.data.inputs import InputFile, expand_inputs
 from megalite.data.journal import Task, WorkFolder, describe_changes, hash_file, plan_tasks, shard_name
 from megalite.data.progress import Progress
@@ -25,7 +25,6 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.data.workers import ON_ERROR, Job, run_tasks
 from megalite.errors import UserError
 
-MANIFEST_VERSION = 2
 MIN_SEEN = 1000  # documents before the share of rejects can end a build early
 STDIN_FORMATS = ("jsonl", "txt")
 

@@ -69,9 +69,8 @@ class Meters:
         step = self.done = values["step"]
         self._write(self._metrics, json.dumps({key: _strict(value) for key, value in values.items()}))
         if self._tensorboard is not None:
-            for key, value in values.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(key, value, step)
+            for key, value in _scalars(values).items():
+                self._tensorboard.add_scalar(key, value, step)
         line = (
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
         )
@@ -114,8 +113,18 @@ def first_free(folder: Path, pattern: str) -> Path:
     return next(path for path in (folder / pattern.format(n) for n in itertools.count(1)) if not path.exists())
 
 
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record as TensorBoard names them: eval_losses of "web" is eval_loss/web, so beside eval_loss."""
+    flat = {key: value for key, value in values.items() if key != "step"}
+    for key, tag in (("eval_losses", "eval_loss"), ("epochs", "epoch")):
+        flat |= {f"{tag}/{name}": value for name, value in flat.pop(key, {}).items()}
+    return {tag: value for tag, value in flat.items() if isinstance(value, int | float)}
+
+
 def _strict(value: Any) -> Any:
     """None for nan and inf, which JSON does not have (a gradient may overflow while the loss is finite)."""
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,11 +4,14 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from megalite.config import Config
 from megalite.config_loader import LoadedConfig, format_config
+from megalite.data.blend import Blend
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader
 from megalite.data.sources import unigram_entropy
@@ -24,7 +27,7 @@ def banner(
     topology: Topology,
     engine: Engine,
     loader: TrainLoader,
-    validation: WindowDataset | None,
+    validation: dict[str, WindowDataset],
     max_steps: int,
     run_dir: Path,
 ) -> str:
@@ -42,9 +45,9 @@ def banner(
     )
     global_batch, windows = loader.global_batch, len(loader.dataset)
     tokens = global_batch * data.block_size
-    evaluated = "no validation data" if validation is None else f"{len(validation):,} sequences of validation data"
-    epochs = max_steps * global_batch / windows
+    samples = max_steps * global_batch
     zero = f"ZeRO-{engine.zero_stage}{' with CPU offload' if engine.offload else ''}"
+    passes = "in a blend" if loader.blend else f"{samples / windows:.2f} epochs"
     return "\n".join(
         [
             f"MegaLite  {count_parameters(model) / 1e6:,.2f} M parameters: {model.num_layers} layers, hidden"
@@ -54,13 +57,41 @@ def banner(
             f" checkpointing {training.activation_checkpointing}",
             f"batch     {training.per_device_train_batch_size} sequences a device x {loader.accumulation} accumulated x"
             f" {topology.grid.data} ranks = {global_batch} of {data.block_size} tokens = {tokens:,} tokens a step",
-            f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens = {epochs:.2f} epochs of"
-            f" {windows:,} sequences; {evaluated}",
+            f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens: {passes} of"
+            f" {windows:,} sequences; {_validation(validation)}",
+            *(_blend(loader.blend, samples) if loader.blend else []),
+            *_dropped([loader.dataset, *validation.values()]),
             f"memory    about {memory['total'] / 2**30:.2f} GiB a device predicted: {memory['states'] / 2**30:.2f}"
             f" weights, gradients and optimizer, {memory['activations'] / 2**30:.2f} activations",
             f"writes    {config.checkpoint.output_dir} (checkpoints), {run_dir} (metrics)",
         ]
     )
+
+
+def _validation(sets: dict[str, WindowDataset]) -> str:
+    sizes = [f"{len(dataset):,}{name and f' ({name})'}" for name, dataset in sets.items()]
+    return f"{' + '.join(sizes)} sequences of validation data" if sizes else "no validation data"
+
+
+def _blend(blend: Blend, samples: int) -> list[str]:
+    """A line for each source; epochs are of the whole run."""
+    epochs = blend.epochs(samples)
+    rows = zip(blend.names, blend.fractions, blend.windows, strict=True)
+    return [
+        f"blend     {fraction:.2%} {name}: {windows:,} sequences, {epochs[name]:.2f} epochs"
+        for name, fraction, windows in rows
+    ]
+
+
+def _dropped(datasets: list[WindowDataset]) -> list[str]:
+    """What no window holds: windows overlap by a token, and none crosses from one source into the next."""
+    tails = []
+    for dataset in datasets:
+        for source, windows in zip(dataset.sources, np.diff(dataset.ends, prepend=0).tolist(), strict=True):
+            tails.append(source.num_tokens - (windows * dataset.block_size + 1 if windows else 0))
+    tokens, sources = sum(tails), sum(tail > 0 for tail in tails)
+    of = f"{sources} sources" if sources > 1 else "a source"
+    return [f"dropped   {tokens:,} tokens at the end of {of}, less than a sequence in each"] if tokens else []
 
 
 def write_run_files(run_dir: Path, loaded: LoadedConfig, topology: Topology) -> None:
@@ -81,14 +112,15 @@ def write_run_files(run_dir: Path, loaded: LoadedConfig, topology: Topology) -> 
         raise UserError(f"cannot write {run_dir}: {error.strerror}") from error
 
 
-def summary(
-    result: dict[str, float | None], step: int, validation: WindowDataset | None, eval_sequences: int | None
-) -> str:
-    """The last line: how good the model is, beside what knowing only token frequencies would give."""
-    loss = result["eval_loss"]
-    if loss is None or validation is None:
+def summary(result: dict[str, Any], step: int, validation: dict[str, WindowDataset], eval_sequences: int | None) -> str:
+    """The last lines: how good the model is on each set, beside what knowing only token frequencies would give."""
+    if not validation:
         return f"done at step {step}" + (f": training loss {result['loss']:.4f}" if result["loss"] else "")
-    return (
-        f"done at step {step}: validation loss {loss:.4f} nats a token (perplexity {perplexity(loss):.1f});"
-        f" without context, at best {unigram_entropy(validation, eval_sequences):.4f} (unigram entropy)"
-    )
+    lines = [
+        f"{name and f'{name}: '}validation loss {loss:.4f} nats a token (perplexity {perplexity(loss):.1f});"
+        f" without context, at best {unigram_entropy(validation[name], eval_sequences):.4f} (unigram entropy)"
+        for name, loss in result.get("eval_losses", {"": result["eval_loss"]}).items()
+    ]
+    if "eval_losses" in result:
+        lines = [f"validation loss {result['eval_loss']:.4f} over all sets", *lines]
+    return f"done at step {step}: " + "\n  ".join(lines)

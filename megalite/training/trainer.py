@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,11 @@ class Trainer:
         topology: Topology,
         engine: Engine,
         loader: TrainLoader,
-        eval_dataset: WindowDataset | None,
+        eval_sets: dict[str, WindowDataset],
         max_steps: int,
     ):
         self.config, self.topology, self.engine = config, topology, engine
-        self.loader, self.eval_dataset, self.max_steps = loader, eval_dataset, max_steps
+        self.loader, self.eval_sets, self.max_steps = loader, eval_sets, max_steps
         self.schedule = one_stage(loader.accumulation)
         self.step = 0
         self.tokens = 0
@@ -52,46 +53,47 @@ class Trainer:
         self.peak = peak_tflops(torch.cuda.get_device_name(topology.device)) if on_gpu and half else None
         self.meters: Meters
 
-    def resume(self, found: Checkpoint, branched_from: str | None) -> None:
+    def resume(self, found: Checkpoint, branched_from: str | None) -> str | None:
         """Go on from a checkpoint: weights, optimizer, position in the data, counters.
 
-        branched_from: what `checkpoint.choose_resume` says.
+        branched_from: what `checkpoint.choose_resume` says. Returns what the loader wants the user to know.
         """
         self.branched_from = branched_from
         # First, as it may refuse, and loading reads every tensor.
-        self.topology.together(self.loader.load_state_dict, found.state["data"])
+        notice = self.topology.together(self.loader.load_state_dict, found.state["data"])
         checkpoint.load(found, self.engine, self.topology)
         self.step, self.tokens = found.state["step"], found.state["tokens"]
+        return notice
 
-    def fit(self, meters: Meters) -> dict[str, float | None]:
-        """Train to max_steps; returns {"loss", "eval_loss"} at the end (loss None if no step was left to do)."""
+    def fit(self, meters: Meters) -> dict[str, Any]:
+        """Train to max_steps; returns "loss" (None if no step was left to do) and what `evaluate` says at the end."""
         self.meters = meters
         training, save_every = self.config.training, self.config.checkpoint.save_every
         record: dict = {}
         if self.step >= self.max_steps:
             meters.print(f"Training was finished at step {self.step}; raise --max-steps to go on.")
-            return {"loss": None, "eval_loss": self.evaluate()}
+            return {"loss": None, **self.evaluate()}
         while self.step < self.max_steps:
             record = self.train_step()
             last = self.step == self.max_steps
             if last or (training.eval_every and self.step % training.eval_every == 0):
-                record["eval_loss"] = self.evaluate()
-                if record["eval_loss"] is not None:
-                    meters.print(
-                        f"step {self.step}  validation loss {record['eval_loss']:.4f}"
-                        f"  perplexity {perplexity(record['eval_loss']):.2f}"
-                    )
+                record |= self.evaluate()
+                for name, loss in record.get("eval_losses", {"": record["eval_loss"]}).items():
+                    if loss is not None:
+                        where = f"step {self.step}{name and f'  {name}'}"
+                        meters.print(f"{where}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}")
             meters.record(record)
             if last or (save_every and self.step % save_every == 0):
                 self.save()
-        return {"loss": record["loss"], "eval_loss": record["eval_loss"]}
+        return {key: record[key] for key in ("loss", "eval_loss", "eval_losses") if key in record}
 
     def train_step(self) -> dict:
         """One optimizer step over the global batch; returns its metrics."""
         started = time.perf_counter()
         batches = self.loader.next_step()
+        waited = time.perf_counter() - started
         valid = torch.stack([batch.loss_mask.sum() for batch in batches]).sum(dtype=torch.float64)
-        batches = [batch.to(self.topology.device) for batch in batches]
+        batches = [batch.to(self.topology.device, non_blocking=True) for batch in batches]
         # Divided by the valid tokens of the global batch, the loss is the same in every layout. DeepSpeed averages
         # gradients over the data-parallel ranks, which the factor undoes.
         valid = self._sum_over_data(valid.to(self.topology.device)).item()
@@ -129,16 +131,28 @@ class Trainer:
             "mfu": tflops / self.peak if self.peak else None,
             "memory_bytes": memory_bytes(self.topology.device),
             "step_seconds": seconds,
+            "data_seconds": waited,
             "skipped": not applied,
+            **self.loader.progress(),
         }
 
-    def evaluate(self) -> float | None:
-        """Mean loss of a token of the validation set, in nats; None where there is none."""
-        if self.eval_dataset is None:
-            return None
+    def evaluate(self) -> dict[str, Any]:
+        """{"eval_loss": mean loss of a token of all validation sets, in nats}; None in its place where there is no set.
+
+        Where sets have names, "eval_losses" has the same of each.
+        """
+        sums = {name: self._evaluate_set(dataset) for name, dataset in self.eval_sets.items()}
+        if not sums:
+            return {"eval_loss": None}
+        total, valid = torch.stack(list(sums.values())).sum(0)
+        losses = {name: (total / valid).item() for name, (total, valid) in sums.items() if name}
+        return {"eval_loss": (total / valid).item()} | ({"eval_losses": losses} if losses else {})
+
+    def _evaluate_set(self, dataset: WindowDataset) -> Tensor:
+        """[summed loss, number of tokens] over all ranks, float64."""
         training = self.config.training
         batches = eval_batches(
-            self.eval_dataset,
+            dataset,
             training.per_device_train_batch_size,
             self.topology.data_rank,
             self.topology.grid.data,
@@ -146,10 +160,7 @@ class Trainer:
         )
         with self.engine.evaluation():
             total, valid = run_evaluation(self.engine.forward, (batch.to(self.topology.device) for batch in batches))
-        total, valid = self._sum_over_data(
-            torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device)
-        )
-        return (total / valid).item()
+        return self._sum_over_data(torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device))
 
     def save(self) -> None:
         started = time.perf_counter()

@@ -43,6 +43,8 @@ def copy_data(job, name):
         (["global_batch_size = 9", "8 or 10"], ["--global-batch-size", "9"]),
         (["data.train_files", "nowhere", "preprocess_data.py"], ["--train-files", "nowhere"]),
         (["nowhere*.bin", "matches no"], ["--train-files", "nowhere*.bin"]),
+        (["data.train_files and data.blend"], ["--blend", "a=1"]),
+        (["data.blend", "nowhere"], ["--train-files=", "--blend", "nowhere=1"]),
         (["vocab_size = 500", "512"], ["--vocab-size", "500"]),
         (["fp16 needs a GPU"], ["--precision", "fp16"]),
     ],
@@ -95,7 +97,14 @@ def test_folder_of_another_run(job, trained):
     arguments = ["--output-dir", str(trained), "--num-layers", "3"]
     refused(job, "refused", 78, "another run", "num_layers", "--no-resume", arguments=arguments)
     arguments = ["--output-dir", str(trained), "--train-files", str(job.root / "data-validation")]
-    refused(job, "refused", 1, "data", "changed", arguments=arguments)
+    refused(job, "refused", 1, "data", "changed", "--data.allow_changed_data", arguments=arguments)
+    copy = shutil.copytree(trained, job.root / "changed-data")
+    arguments[1] = str(copy)
+    arguments += ["--data.allow_changed_data", "--max-steps", "5", "--lr-schedule", "constant"]
+    assert [line["step"] for line in job.train("changed", *arguments)] == [5]
+    log = (job.root / "changed" / "train.log").read_text()
+    assert "warning   the training data" in log
+    assert "going on with sample 32 of" in log
 
 
 def test_damaged_checkpoint_is_named(job, trained):

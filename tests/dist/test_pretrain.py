@@ -5,14 +5,19 @@ import json
 import math
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
 
 import pytest
 
+from megalite.data.blend import Blend
+from megalite.data.dataset import WindowDataset
+from megalite.data.loader import TrainLoader
 from megalite.training.checkpoint_reader import Checkpoint, find_checkpoint
 from tests.dist.conftest import REPOSITORY, environment
+from tests.unit.test_dataset import make_source
 
 pytestmark = pytest.mark.dist
 
@@ -124,6 +129,60 @@ def test_resume_in_another_layout(job, one_rank):
     assert_same_curve(job.train(name, *offload, launcher="deepspeed", ranks=2), one_rank, RELATIVE)
 
 
+def samples_read(dataset: WindowDataset, blend: Blend, ranks: int, state: dict | None, count: int) -> list[list[int]]:
+    """The tokens of `count` samples in their order, as so many ranks read them in steps of 8."""
+    shape = {"micro_batch": 2, "accumulation": 4 // ranks, "dp_size": ranks, "seed": 1234, "blend": blend}
+    loaders = [TrainLoader(dataset, dp_rank=rank, **shape) for rank in range(ranks)]
+    samples = []
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    for _ in range(count // 8):
+        for micro_step in zip(*(loader.next_step() for loader in loaders), strict=True):
+            samples += [row for batch in micro_step for row in batch.tokens.tolist()]
+    for loader in loaders:
+        loader.close()
+    return samples
+
+
+def test_a_blend_killed_on_two_ranks_and_resumed_on_one(job):
+    """The losses tell that the same samples were read; the loaders at the saved position tell it of their tokens."""
+    few = make_source(job.root, "few", [7, 8, 9] * 33)  # 3 sequences, and 2 tokens
+    prefixes = [str(job.root / name) for name in ("data-train", "data-validation")]
+    # Steps enough that the kill comes before the end.
+    arguments = ["--max-steps", "30", "--save-every", "5", "--keep-last", "99"]
+    arguments += ["--train-files=", "--blend", f"{prefixes[0]}=0.7", f"{prefixes[1]}=3e-1"]
+    arguments += ["--eval-files", f"few={few.prefix}", f"code={prefixes[0]}", f"code={prefixes[1]}"]
+    whole = job.train("blend-whole", *arguments, launcher="deepspeed", ranks=2)
+    job.kill_at("blend-killed", 6, *arguments, launcher="deepspeed", ranks=2)
+    resumed = job.train("blend-killed", *arguments)
+    log = (job.root / "blend-killed" / "train.log").read_text()
+    (step,) = map(int, re.findall(r"^resumed .*, step (\d+)$", log, re.MULTILINE))
+    assert 5 <= step < 30
+    assert_same_curve(resumed, whole, RELATIVE)
+    assert [line["epochs"] for line in resumed] == [line["epochs"] for line in whole]
+    assert all(0 <= line["data_seconds"] < line["step_seconds"] for line in resumed)
+    losses = whole[-1]["eval_losses"]
+    assert losses == pytest.approx(resumed[-1]["eval_losses"], rel=RELATIVE)
+    assert whole[-1]["eval_loss"] == pytest.approx((3 * losses["few"] + 10 * losses["code"]) / 13)
+
+    dataset = WindowDataset(prefixes, 32)
+    blend = Blend(prefixes, [0.7, 0.3], dataset.ends)
+    state = Checkpoint(job.root / "blend-killed" / "checkpoints" / f"step-{step}").state["data"]
+    expected = samples_read(dataset, blend, 2, None, 240)
+    assert expected[: 8 * step] + samples_read(dataset, blend, 1, state, 240 - 8 * step) == expected
+
+    log = (job.root / "blend-whole" / "train.log").read_text()
+    assert f"\nblend     70.00% {prefixes[0]}: {dataset.ends[0]:,} sequences, " in log
+    dropped = 2 + sum(2 * ((source.num_tokens - 1) % 32) for source in dataset.sources)
+    assert f"\ndropped   {dropped} tokens at the end of 5 sources, less than a sequence in each\n" in log
+    assert re.search(r"\nstep 30  few  validation loss [\d.]+  perplexity", log)
+    summary = log.partition("done at step 30: ")[2].splitlines()
+    assert summary[0] == f"validation loss {whole[-1]['eval_loss']:.4f} over all sets"
+    assert [line.partition(":")[0] for line in summary[1:]] == ["  few", "  code"]
+    assert "at best 1.0986 (unigram entropy)" in summary[1]  # of three tokens alike
+
+
 def test_finished_run_is_not_trained_again(job, one_rank):
     checkpoint = job.root / "one-rank" / "checkpoints" / "step-10"
     before = (checkpoint / "manifest.json").stat().st_mtime_ns
@@ -179,7 +238,7 @@ def test_run_folder_says_what_ran(job, one_rank):
     assert "learning_rate: 0.01" in (folder / "config.yaml").read_text()
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 1
     keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "tflops", "mfu"}
-    assert keys | {"memory_bytes", "step_seconds"} <= set(one_rank[0])
+    assert keys | {"memory_bytes", "step_seconds", "data_seconds", "epoch"} <= set(one_rank[0])
     log = (folder / "train.log").read_text()
     assert "MegaLite" in log
     assert "done at step 10" in log

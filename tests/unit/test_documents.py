@@ -420,6 +420,20 @@ def test_text_of_a_parquet_that_is_no_utf8():
     ]
 
 
+def test_memory_is_bounded_whatever_the_row_groups_of_a_parquet():
+    rng = random.Random(8)
+    table = pyarrow.table({"text": [rng.randbytes(3000).hex() for _ in range(6000)]})
+    parquet.write_table(table, "a.parquet", use_dictionary=False, row_group_size=6000)
+    assert os.path.getsize("a.parquet") > 17_000_000
+    usual, counted = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(counted)
+    try:
+        assert sum(1 for _ in PartReader(whole("a.parquet"))) == 6000
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert 0 < counted.max_memory() < 12_000_000
+
+
 def test_an_empty_parquet_has_no_rows():
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "a.parquet")
     assert read("a.parquet", None)[0] == []

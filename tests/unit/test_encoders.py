@@ -104,15 +104,20 @@ def whole(tokenizer, texts, dtype=U16):
     return [np.array(tokenizer.encode(text), dtype=dtype).tobytes() for text in texts]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("tokenizers", U16), ("memo", U16), ("gigatoken", U16), ("memo", I32)])
-def test_encoders_give_what_the_library_gives(known, name, dtype):
+@pytest.mark.parametrize("name", ["tokenizers", *FAST])
+def test_encoders_give_what_the_library_gives(known, name):
     tokenizer, _ = known
-    encoder = opened(tokenizer, name, dtype)
+    encoder = opened(tokenizer, name, U16)
     assert encoder.name == name
-    texts = [*nasty_texts(700, seed=5), "", TEXT, "<|endoftext|>", "a" * 300 + "1" * 300]
-    assert encoder.encode(texts) == whole(tokenizer, texts, dtype)
+    texts = [*nasty_texts(400, seed=5), "", TEXT, "<|endoftext|>", "a" * 300 + "1" * 300]
+    assert encoder.encode(texts) == whole(tokenizer, texts)
     assert encoder.encode([]) == []
-    assert tokenizer.eod_id not in np.frombuffer(encoder.encode(["<|endoftext|>"])[0], dtype=dtype)
+    assert tokenizer.eod_id not in np.frombuffer(encoder.encode(["<|endoftext|>"])[0], dtype=U16)
+
+
+@pytest.mark.parametrize("name", ["tokenizers", *FAST])
+def test_large_vocabularies_take_four_bytes(gpt2, name):
+    assert open_encoder(gpt2, name, I32).encode([TEXT, "日本"]) == whole(gpt2, [TEXT, "日本"], I32)
 
 
 @pytest.mark.parametrize("name", ["tokenizers", *FAST])
@@ -250,11 +255,11 @@ def test_what_else_a_tokenizer_does_is_refused(gpt2, tmp_path, change, reason):
     auto = open_encoder(tokenizer, "auto", U16)
     assert auto.cut is None
     assert auto.name in ("tokenizers", "gigatoken")
-    if "dropout" in reason:
-        assert auto.name == "tokenizers"
-    else:
-        texts = [*nasty_texts(200, seed=8), TEXT]
+    texts = [*nasty_texts(100, seed=8), TEXT]
+    if "dropout" not in reason:  # with it, no two encodings are the same
         assert plain.encode(texts) == auto.encode(texts) == whole(tokenizer, texts)
+    else:
+        assert auto.name == "tokenizers"
 
 
 def test_another_model_or_added_token_is_refused(gpt2, tmp_path):
@@ -293,9 +298,10 @@ def test_options_that_act_on_single_words_are_fine(gpt2, tmp_path, change):
     changed = settings | change
     changed["model"] = settings["model"] | change.get("model", {})
     tokenizer = saved(changed, tmp_path)
-    texts = [*nasty_texts(200, seed=10), TEXT]
-    expected = whole(tokenizer, texts)
-    assert all(open_encoder(tokenizer, name, U16).encode(texts) == expected for name in ("memo", "auto"))
+    texts = [*nasty_texts(100, seed=10), TEXT]
+    assert open_encoder(tokenizer, "memo", U16).encode(texts) == whole(tokenizer, texts)
+    if "end_of_word_suffix" in str(change):  # gigatoken takes no notice of it, which the check notices
+        assert open_encoder(tokenizer, "auto", U16).name == "memo"
 
 
 def test_auto_takes_the_fastest_that_there_is(gpt2, monkeypatch):

@@ -56,6 +56,13 @@ def test_a_folder_is_every_file_below_it_that_can_be_read():
     assert expanded("other/**", "oth*") == ["other/o.txt"]
 
 
+def test_folders_that_are_linked_into_each_other_are_listed_once():
+    touch("a/1.txt", "b/2.txt")
+    os.symlink("../b", "a/b")
+    os.symlink("../a", "b/a")
+    assert expanded("a") == expanded("a", "b") == ["a/1.txt", "a/b/2.txt"]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

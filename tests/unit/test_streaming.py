@@ -1,0 +1,440 @@
+"""Training from text: which windows come when, on how many ranks whatever, and going on from a place in a file."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalite.data import lanes, streaming
+from megalite.data.indexed import IndexedDataset
+from megalite.data.inputs import expand_inputs
+from megalite.data.lanes import BlockReader, Position
+from megalite.data.streaming import StreamingLoader, block_of
+from megalite.errors import UserError
+from tests.unit.token_files import build, random_documents, write_jsonl
+
+SIZE = 5
+pytestmark = pytest.mark.usefixtures("working_folder")
+
+
+@pytest.fixture
+def few_lanes(monkeypatch):
+    monkeypatch.setattr(streaming, "LANES", 12)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """So that texts of some hundred bytes are read and encoded in pieces."""
+    for name, value in (("PIECE", 40), ("BORDER", 64), ("READ", 100), ("BATCH_PIECES", 7)):
+        monkeypatch.setattr(lanes, name, value)
+
+
+def loader(tokenizer_dir, files, dp_rank=0, dp_size=1, global_batch=12, **options):
+    options = {
+        "block_size": SIZE, "seed": 1, "encoder": "tokenizers", "workers": 0, "shuffle_buffer": 48, "accumulation": 2
+    } | options  # fmt: skip
+    micro_batch = global_batch // dp_size // options["accumulation"]
+    return StreamingLoader(
+        expand_inputs(files), str(tokenizer_dir), micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size, **options
+    )
+
+
+class Ranks:
+    """All ranks of a run, one after the other."""
+
+    def __init__(self, tokenizer_dir, files, dp_size=1, **options):
+        self.loaders = [loader(tokenizer_dir, files, rank, dp_size, **options) for rank in range(dp_size)]
+
+    def steps(self, count):
+        """[each step's windows in the order of their samples]."""
+        found = []
+        for _ in range(count):
+            first, samples = self.loaders[0].consumed_samples, {}
+            for rank, each in enumerate(self.loaders):
+                batches = each.next_step()
+                assert len(batches) == each.accumulation
+                tokens = np.concatenate([batch.tokens.numpy() for batch in batches])
+                labels = np.concatenate([batch.labels.numpy() for batch in batches])
+                assert (tokens[:, 1:] == labels[:, :-1]).all()
+                start = first + (rank - first) % len(self.loaders)
+                for i, (row, label) in enumerate(zip(tokens.tolist(), labels[:, -1].tolist(), strict=True)):
+                    samples[start + i * len(self.loaders)] = [*row, label]
+            assert sorted(samples) == list(range(first, self.loaders[0].consumed_samples))
+            found.append([samples[k] for k in sorted(samples)])
+        return found
+
+    def state(self):
+        own = []
+        for each in self.loaders:
+            each.gather = lambda mine: own.append(mine) or [mine] * len(self.loaders)
+            with pytest.raises(ValueError, match="lanes") if len(self.loaders) > 1 else nullcontext():
+                each.state_dict()
+        for each in self.loaders:
+            each.gather = lambda mine: own
+        states = [each.state_dict() for each in self.loaders]
+        assert all(state == states[0] for state in states)
+        return json.loads(json.dumps(states[0]))
+
+    def load(self, state):
+        assert [each.load_state_dict(state) for each in self.loaders] == [None] * len(self.loaders)
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- the same documents
+
+
+def write_texts(form):
+    """Files of one form, with what is hard in each; returns their names."""
+    texts = [text.replace("\x00", "") for text in random_documents(60, seed=3)]
+    texts[20] = " ".join(texts)[:9000]  # longer than a segment
+    texts[30:33] = ["", "x" * 2500, " \n"]
+    os.mkdir("in")
+    if form == "jsonl":
+        write_jsonl("in/a.jsonl", texts[:30])
+        write_jsonl("in/b.jsonl", texts[30:])
+        Path("in/b.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("in/b.jsonl").read_bytes() + b"\n \n")
+    else:
+        between = {"none": " ", "line": "\r\n", "blank": "\n \n"}[form]
+        whole = between.join(text.replace("\t\r\n\n", "") for text in texts)
+        Path("in/a.txt").write_text("\ufeff" + whole, encoding="utf-8", newline="")
+        Path("in/b.txt").write_text("y" * 5000, encoding="utf-8")  # nowhere to be cut
+        Path("in/c.txt").write_text("日本語" * 1000 + " é\n", encoding="utf-8")
+        Path("in/d.txt").write_text("\ufeff", encoding="utf-8")
+        Path("in/e.txt").touch()
+    return sorted(str(path) for path in Path("in").iterdir())
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("cuttable", [True, False])
+@pytest.mark.parametrize("form", ["jsonl", "none", "line", "blank"])
+def test_an_epoch_is_what_is_built_from_the_same_files(tokenizer_dir, form, cuttable):
+    """Every token of every document once, over all lanes; and each token's position leads back to it."""
+    files = write_texts(form)
+    split_on = "none" if form == "jsonl" else form
+    [summary] = build(tokenizer_dir, files, split_on=split_on)
+    corpus = loader(tokenizer_dir, files, split_on=split_on, block_size=1).corpus
+    if not cuttable:
+        corpus = replace(corpus, cuttable=False)
+    reader = BlockReader(corpus, lanes=3)
+    if not cuttable:
+        reader.encoder.cut = None
+    segments = corpus.ends[-1]
+    found = defaultdict(list)
+    for lane in range(3):
+        [token], at = reader.next_block(Position(lane), 0)
+        while at.segment < segments:
+            found[at.segment].append(int(token))
+            (again, token), at = reader.next_block(at, 1)
+            assert again == found[max(found)][-1] if lane == 0 else True
+    assert {segment % 3 for segment in found} == {0, 1, 2}
+    order = {name: place for place, name in enumerate(files)}
+    place_of = {n: (order[file.path], start) for n in found for file, start, _ in [corpus.segment(n)]}
+    stream = [token for n in sorted(found, key=place_of.get) for token in found[n]]
+    assert stream == IndexedDataset(summary.prefix).tokens.tolist()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_every_epoch_deals_out_every_byte_once_in_an_order_of_its_own(tokenizer_dir, epoch):
+    files = write_texts("line")
+    corpus = loader(tokenizer_dir, files, split_on="line").corpus
+    numbers = range(epoch * corpus.ends[-1], (epoch + 1) * corpus.ends[-1])
+    segments = [(file.path, start, end) for file, start, end in map(corpus.segment, numbers)]
+    ends = {path: [0, *(end for each, _, end in sorted(segments) if each == path)] for path, _, _ in segments}
+    assert all([start for each, start, _ in sorted(segments) if each == path] == ends[path][:-1] for path in ends)
+    assert {path: end[-1] for path, end in ends.items()} == {p: os.path.getsize(p) for p in files if os.path.getsize(p)}
+    assert segments != sorted(segments)
+    others = range((epoch + 1) * corpus.ends[-1], (epoch + 2) * corpus.ends[-1])
+    assert [(file.path, start, end) for file, start, end in map(corpus.segment, others)] != segments
+
+
+# ------------------------------------------------------------------------------------------------- order and resuming
+
+
+@pytest.fixture
+def corpus(few_lanes):
+    write_jsonl("a.jsonl", random_documents(150, seed=1))
+    return ["a.jsonl"]
+
+
+@pytest.mark.parametrize(("dp_size", "accumulation"), [(2, 1), (3, 4), (4, 3), (12, 1)])
+def test_a_step_holds_the_same_samples_for_any_number_of_ranks(tokenizer_dir, corpus, dp_size, accumulation):
+    expected = Ranks(tokenizer_dir, corpus).steps(20)
+    assert Ranks(tokenizer_dir, corpus, dp_size, accumulation=accumulation).steps(20) == expected
+    assert len({tuple(window) for step in expected for window in step}) > 200
+
+
+def test_a_run_goes_on_exactly_with_any_number_of_ranks(tokenizer_dir, corpus):
+    """At random steps, most of them inside a block of four windows; five steps of 12 are five windows of each lane."""
+    rng = random.Random(5)
+    expected = sum(Ranks(tokenizer_dir, corpus).steps(60), [])
+    found, state = [], None
+    while len(found) < len(expected):
+        ranks = Ranks(tokenizer_dir, corpus, rng.choice([1, 2, 3, 4, 6]), global_batch=rng.choice([12, 24, 36]))
+        if state is not None:
+            ranks.load(state)
+        found += sum(ranks.steps(rng.randrange(1, 4)), [])
+        state = ranks.state()
+        assert state["consumed_samples"] == len(found)
+    assert found[: len(expected)] == expected
+
+
+def test_a_state_is_what_was_returned_not_what_is_read_ahead(tokenizer_dir, corpus):
+    ranks = Ranks(tokenizer_dir, corpus)
+    start = ranks.state()
+    assert start["lanes"] == [[lane, -1, 0, 0] for lane in range(12)]
+    assert {"seed": 1, "consumed_samples": 0, "first_sample": 0}.items() <= start.items()
+    first = ranks.steps(1)
+    assert ranks.state() == Ranks(tokenizer_dir, corpus).load(start).state() | {
+        "consumed_samples": 12, "lanes": ranks.state()["lanes"]
+    }  # fmt: skip
+    assert Ranks(tokenizer_dir, corpus).load(start).steps(1) == first
+
+
+def test_resuming_reads_nothing_of_what_is_behind(tokenizer_dir, few_lanes):
+    """Each file is a segment. Once a lane is through with one, it may be gone."""
+    os.mkdir("in")
+    for number, text in enumerate(random_documents(300, seed=2)):
+        write_jsonl(f"in/{number:03}.jsonl", [text + " end"])
+    ranks = Ranks(tokenizer_dir, ["in"])
+    ranks.steps(30)
+    state, expected = ranks.state(), ranks.steps(10)
+    again = Ranks(tokenizer_dir, ["in"]).load(state)
+    segment = again.loaders[0].corpus.segment
+    behind = [n for lane, (at, *_) in enumerate(state["lanes"]) for n in range(lane, at, 12)]
+    assert len(behind) > 50
+    for number in behind:
+        os.remove(segment(number)[0].path)
+    assert again.steps(10) == expected
+
+
+def test_windows_of_a_lane_are_its_stream(tokenizer_dir, corpus):
+    """Without a shuffle buffer in order, each sharing one token with the next; with one, block by block mixed."""
+    in_order = Ranks(tokenizer_dir, corpus, shuffle_buffer=1).steps(64)
+    for lane in range(12):
+        windows = [step[lane] for step in in_order]
+        assert all(a[-1] == b[0] for a, b in zip(windows, windows[1:], strict=False))
+    mixed = Ranks(tokenizer_dir, corpus, shuffle_buffer=16 * 12 + 5).steps(64)
+    orders = set()
+    for lane in range(12):
+        windows, stream = [step[lane] for step in mixed], [step[lane] for step in in_order]
+        for first in (16, 32, 48):
+            assert sorted(windows[first : first + 16]) == sorted(stream[first : first + 16])
+            orders.add(tuple(stream[first : first + 16].index(window) for window in windows[first : first + 16]))
+    assert len(orders) == 36
+    assert tuple(range(16)) not in orders
+
+
+def test_blocks_grow_to_their_size():
+    blocks = [block_of(window, 8) for window in range(24)]
+    assert sorted(set(blocks)) == [(0, 1), (1, 1), (2, 2), (4, 4), (8, 8), (16, 8)]
+    assert all(first <= window < first + count for window, (first, count) in enumerate(blocks))
+    assert [block_of(window, 1) for window in range(3)] == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_a_corpus_smaller_than_a_window_is_read_again_and_again(tokenizer_dir):
+    Path("a.txt").write_text("the fox", encoding="utf-8")
+    only = loader(tokenizer_dir, ["a.txt"], block_size=50)
+    document = BlockReader(only.corpus, 1).next_block(Position(0), 1)[0].tolist()
+    document = document[: document.index(only.eod_id) + 1]
+    [window, *_] = Ranks(tokenizer_dir, ["a.txt"], block_size=50).steps(1)[0]
+    assert window == (document * 51)[:51]
+    only.next_step()
+    assert only.progress()["epoch"] > 1
+
+
+def test_progress_counts_passes_over_the_corpus(tokenizer_dir, corpus):
+    ranks = Ranks(tokenizer_dir, corpus, dp_size=2)
+    [summary] = build(tokenizer_dir, corpus)
+    ranks.steps(2 * summary.tokens // (12 * SIZE))
+    assert all(abs(each.progress()["epoch"] - 2) < 0.4 for each in ranks.loaders)
+
+
+def test_documents_are_told_apart_where_asked_for(tokenizer_dir, corpus):
+    both = loader(tokenizer_dir, corpus, reset_positions=True, mask_documents=True, block_size=40)
+    for batch in both.next_step():
+        for tokens, positions, documents in zip(batch.tokens, batch.positions, batch.documents, strict=True):
+            ends = (tokens == both.eod_id).int().cumsum(0)
+            assert documents.tolist() == [0, *ends[:-1].tolist()]
+            assert [i for i in range(40) if positions[i] == 0] == [
+                0,
+                *(i + 1 for i in range(39) if tokens[i] == both.eod_id),
+            ]
+    assert batch.loss_mask.all()
+    plain = loader(tokenizer_dir, corpus, block_size=40).next_step()[0]
+    assert plain.documents is None
+    assert plain.positions[0].tolist() == list(range(40))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_other_data_or_another_order_is_refused(tokenizer_dir, corpus):
+    state = Ranks(tokenizer_dir, corpus).state()
+    with pytest.raises(UserError, match="the seed changed: 1 in the checkpoint, 2 now"):
+        loader(tokenizer_dir, corpus, seed=2).load_state_dict(state)
+    for change in ({"block_size": 6}, {"shuffle_buffer": 49}, {"json_key": "other"}, {"split_on": "line"}):
+        with pytest.raises(UserError, match="shuffle_buffer changed: fingerprint .* --data.allow_changed_data"):
+            loader(tokenizer_dir, corpus, **change).load_state_dict(state)
+    os.mkdir("moved")
+    os.rename("a.jsonl", "moved/a.jsonl")
+    assert loader(tokenizer_dir, ["moved/a.jsonl"]).load_state_dict(state) is None
+    with open("moved/a.jsonl", "r+b") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match="the training text"):
+        loader(tokenizer_dir, ["moved/a.jsonl"]).load_state_dict(state)
+
+
+def test_changed_data_where_allowed_is_read_from_its_start(tokenizer_dir, corpus):
+    ranks = Ranks(tokenizer_dir, corpus)
+    ranks.steps(3)
+    write_jsonl("b.jsonl", random_documents(50, seed=9))
+    other = Ranks(tokenizer_dir, ["b.jsonl"], allow_changed_data=True)
+    assert "going on from the start of the data" in other.loaders[0].load_state_dict(ranks.state())
+    expected = Ranks(tokenizer_dir, ["b.jsonl"]).steps(9)
+    assert other.steps(4) == expected[:4]
+    assert other.loaders[0].consumed_samples == 7 * 12
+    assert Ranks(tokenizer_dir, ["b.jsonl"], 3).load(other.state()).steps(5) == expected[4:]
+    changed = loader(tokenizer_dir, ["b.jsonl"], allow_changed_data=True)
+    assert "fingerprint" in changed.load_state_dict({"seed": 1, "consumed_samples": 5, "fingerprint": "of an index"})
+
+
+def test_lanes_are_dealt_out_to_ranks_that_divide_them(tokenizer_dir):
+    write_jsonl("a.jsonl", ["the fox"])
+    state = loader(tokenizer_dir, ["a.jsonl"]).state_dict()
+    assert len(state["lanes"]) == 240
+    with pytest.raises(
+        UserError, match="in 240 lanes, which .* 7 data-parallel ranks: go on with one of 1, 2, 3, 4, 5, 6, 8, 10,"
+    ):
+        loader(tokenizer_dir, ["a.jsonl"], 0, 7, global_batch=14).load_state_dict(state)
+    seven = Ranks(tokenizer_dir, ["a.jsonl"], 7, global_batch=14)
+    expected = seven.steps(1)
+    state = seven.state()
+    assert len(state["lanes"]) == 245
+    assert Ranks(tokenizer_dir, ["a.jsonl"], 5, global_batch=10).load(state).steps(3) != expected
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\r\n" * 3000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_no_text_at_all(tokenizer_dir, name, content):
+    Path(name).write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(UserError, match=f'no text in "{name}": there is nothing to train on'):
+        loader(tokenizer_dir, [name], split_on="line").next_step()
+
+
+def test_almost_no_text_is_found(tokenizer_dir, few_lanes):
+    Path("a.txt").write_text("\n" * 40_000 + "fox\n" + "\n" * 40_000, encoding="utf-8")
+    windows = sum(Ranks(tokenizer_dir, ["a.txt"], split_on="line", shuffle_buffer=1).steps(1), [])
+    assert len(windows) == 12
+    assert len({token for window in windows for token in window}) < 5
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.parquet"])
+def test_what_has_no_places_to_go_on_from_is_refused(tokenizer_dir, name):
+    Path(name).write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{name}: streaming needs plain .*preprocess_data"):
+        loader(tokenizer_dir, [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "split_on", "bad", "line", "reason"),
+    [
+        ("a.jsonl", "none", b'{"text": 1}', 301, "not a string"),
+        ("a.jsonl", "none", b'{"text": "', 301, "broken JSON"),
+        ("a.txt", "none", b"a\n\xff", 302, "invalid UTF-8"),
+        ("a.txt", "line", b"\xc3", 301, "invalid UTF-8"),
+        ("a.txt", "blank", b"a\n\xc3\n", 302, "invalid UTF-8"),
+    ],
+)
+def test_a_bad_document_is_named(tokenizer_dir, name, split_on, bad, line, reason):
+    good = b'{"text": "the quick brown fox"}\n'
+    Path(name).write_bytes(good * 300 + bad + b"\n" + good * 300)
+    with pytest.raises(UserError, match=rf"^{name}:{line}: .*{reason}.*--on-error skip"):
+        Ranks(tokenizer_dir, [name], split_on=split_on).steps(3000)
+
+
+def test_impossible_arguments(tokenizer_dir):
+    write_jsonl("a.jsonl", ["the fox"])
+    for wrong in ({"dp_rank": 1}, {"block_size": 0}, {"shuffle_buffer": 0}, {"workers": -1}, {"accumulation": 13}):
+        with pytest.raises(ValueError, match="impossible loader"):
+            loader(tokenizer_dir, ["a.jsonl"], **wrong)
+    with pytest.raises(UserError, match='split_on "page" is none of'):
+        loader(tokenizer_dir, ["a.jsonl"], split_on="page")
+    started = loader(tokenizer_dir, ["a.jsonl"])
+    state = started.state_dict()
+    started.next_step()
+    with pytest.raises(RuntimeError, match="before the first step"):
+        started.load_state_dict(state)
+    started.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        started.next_step()
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def test_workers_give_what_one_process_gives_and_end_at_once(tokenizer_dir, corpus):
+    expected = Ranks(tokenizer_dir, corpus).steps(30)
+    ranks = Ranks(tokenizer_dir, corpus, workers=2)
+    assert ranks.steps(30) == expected
+    assert len(multiprocessing.active_children()) == 2
+    [only] = ranks.loaders
+    only.close()
+    only.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_dead_worker_ends_the_run(tokenizer_dir, corpus):
+    ranks = Ranks(tokenizer_dir, corpus, workers=1)
+    ranks.steps(1)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(UserError, match="a process that tokenizes died"):
+        ranks.steps(100)
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_raises_arrives(tokenizer_dir):
+    Path("a.jsonl").write_text('{"text": "fox"}\n' * 9 + "[]\n", encoding="utf-8")
+    ranks = Ranks(tokenizer_dir, ["a.jsonl"], workers=1)
+    with pytest.raises(UserError, match=r"^a.jsonl:10: not a JSON object"):
+        ranks.steps(100)
+
+
+PARENT = """
+import multiprocessing, sys, time
+from megalite.data.inputs import expand_inputs
+from megalite.data.streaming import StreamingLoader
+if __name__ == "__main__":
+    loader = StreamingLoader(
+        expand_inputs(["a.jsonl"]), sys.argv[1], block_size=5, micro_batch=1, accumulation=1, dp_rank=0, dp_size=1,
+        seed=1, workers=1, encoder="tokenizers",
+    )
+    loader.next_step()
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_die_with_a_killed_parent(tokenizer_dir, corpus):
+    Path("parent.py").write_text(PARENT, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "parent.py", str(tokenizer_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
