@@ -86,11 +86,24 @@ class DataConfig(Section):
     block_size: PositiveInt = Field(1024, description="Tokens in one training sequence; at most model.n_positions.")
     reset_positions: bool = Field(False, description="Positions restart at 0 in each document of a window.")
     mask_documents: bool = Field(False, description="Tokens attend only within their own document.")
+    format: Literal["indexed", "text", "jsonl"] = Field(
+        "indexed",
+        description="indexed: train on indexed data, and on text once that is indexed. text, jsonl: train straight "
+        "from .txt or .jsonl files, which are tokenized meanwhile.",
+    )
     json_key: str = Field("text", description="The field of a .jsonl line that holds the text.")
+    split_on: Literal["none", "blank", "line"] = Field(
+        "none", description="What is one document in a .txt: the whole file, what stands between blank lines, a line."
+    )
+    shuffle_buffer: PositiveInt = Field(
+        8192, description="format text or jsonl: sequences over all ranks that are held to be shuffled."
+    )
     cache_dir: str = Field(
         "artifacts/data/cache", description="Where text given as train_files or eval_files is indexed, once."
     )
-    num_workers: PositiveInt = Field(2, description="Processes that tokenize text into cache_dir.")
+    num_workers: PositiveInt = Field(
+        2, description="Processes that tokenize: into cache_dir; for format text or jsonl on each rank."
+    )
     prefetch: PositiveInt = Field(2, description="Steps whose batches are prepared ahead, beside training.")
     allow_changed_data: bool = Field(
         False, description="Resume on other data, blend or block_size than the checkpoint's, at the same sample number."
@@ -273,6 +286,16 @@ def _data_problems(config: Config) -> list[str]:
         problems.append(
             f"training.num_train_epochs = {config.training.num_train_epochs:g} has no meaning with data.blend, whose "
             "sources pass at different rates; give training.max_steps"
+        )
+    if data.format != "indexed" and data.blend:
+        problems.append(
+            f"data.format = {data.format} trains straight from data.train_files, not from data.blend; prepare the "
+            "blend's sources with tools/preprocess_data.py, or give train_files"
+        )
+    if data.format != "indexed" and config.training.num_train_epochs is not None:
+        problems.append(
+            f"training.num_train_epochs = {config.training.num_train_epochs:g} has no meaning with data.format = "
+            f"{data.format}, which does not know how many sequences there are; give training.max_steps"
         )
     seen: set[str] = set()
     for prefix in (entry.prefix for entry in data.blend):

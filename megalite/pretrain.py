@@ -42,8 +42,7 @@ def main() -> int:
         timeout=timedelta(minutes=config.training.timeout_minutes),
     )
     # The topology has settled the device, which DeepSpeed asks for at import.
-    from megalite.data.loader import TrainLoader
-    from megalite.data.sources import open_data
+    from megalite.data.sources import open_data, open_loader
     from megalite.model.gpt import Stage
     from megalite.training import report
     from megalite.training.checkpoint import find_resume, prepare_output
@@ -54,8 +53,9 @@ def main() -> int:
     training = config.training
     topology.together(check_precision, training.precision, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
-    train, blend, validation = open_data(config, topology)
-    max_steps = topology.together(steps_to_train, config, len(train), global_batch)
+    sources = open_data(config, topology)
+    loader = open_loader(config, topology, sources, accumulation)
+    max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
     found, branched_from = find_resume(config, topology)
 
     def build_stage() -> Stage:
@@ -69,19 +69,7 @@ def main() -> int:
         )
 
     engine = Engine(config, ds_config, topology, build_stage, accumulation)
-    loader = TrainLoader(
-        train,
-        micro_batch=training.per_device_train_batch_size,
-        accumulation=accumulation,
-        dp_rank=topology.data_rank,
-        dp_size=topology.grid.data,
-        seed=training.seed,
-        blend=blend,
-        prefetch=config.data.prefetch,
-        device=topology.device,
-        allow_changed_data=config.data.allow_changed_data,
-    )
-    trainer = Trainer(config, topology, engine, loader, validation, max_steps)
+    trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps)
     notice = trainer.resume(found, branched_from) if found is not None else None
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
 
@@ -96,7 +84,7 @@ def main() -> int:
         tensorboard=config.logging.tensorboard,
     )
     topology.on_first(report.write_run_files, run_dir, loaded, topology)
-    meters.print(report.banner(config, topology, engine, loader, validation, max_steps, run_dir))
+    meters.print(report.banner(config, topology, engine, loader, sources, max_steps, run_dir))
     if aside is not None:
         meters.print(f"moved     checkpoints beyond step {trainer.step}, which were there, to {aside}")
     if found is not None:
@@ -106,7 +94,7 @@ def main() -> int:
     with closing(loader):
         result = trainer.fit(meters)
     if meters.active:  # the summary reads the validation data once more
-        meters.print(report.summary(result, trainer.step, validation, training.eval_sequences))
+        meters.print(report.summary(result, trainer.step, sources.validation, training.eval_sequences))
     meters.close()
     topology.close()
     return 0

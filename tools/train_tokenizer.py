@@ -30,7 +30,13 @@ def megabytes(count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-files", nargs="+", required=True, metavar="FILE", help="paths or globs: .txt, .jsonl")
+    parser.add_argument(
+        "--data-files",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="paths, globs or folders: .txt, .jsonl (also .gz, .zst), .parquet",
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens in all, the special ones included")
     parser.add_argument("--output-dir", required=True, help="folder of tokenizer.json and tokenizer_config.json")
     parser.add_argument(

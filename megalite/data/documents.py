@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A document; of a long .txt, a piece of one."""
+    """A document; of a long .txt that is one document, a piece of it."""
 
     line: int
     """Where the document begins, from 1 at the part's first line (see `first_line`); .parquet: the row, from 1."""
@@ -72,7 +72,8 @@ class PartReader:
     (in one piece where that is None); line: each line without its end, blank lines left out; blank: what stands between
     blank lines, without the last line's end. A .jsonl line of white space is counted, and no document.
 
-    start_offset: go on with the piece that began there (its `offset`), lines counted from there.
+    start_offset: go on with the piece that began there (its `offset`), lines counted from there. What follows is the
+    same text; where a .txt is read in pieces, they may end elsewhere.
 
     Raises `UserError` for a file that can't be read, a column that is missing or not text, and several keys of a .txt.
     """

@@ -22,8 +22,8 @@ def read_rows(path: str, keys: Sequence[str], start: int = 0) -> Iterator[tuple[
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Without a buffer a whole column of a row group is read at once, which may be gigabytes.
-        with open_raw(path) as raw, ParquetFile(raw, buffer_size=BUFFER) as file:
+        # By default a whole column of a row group is read at once, which may be gigabytes.
+        with open_raw(path) as raw, ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False) as file:
             for key in keys:
                 _check_column(path, file.schema_arrow, key)
             total, row, first = file.metadata.num_rows, 0, 0

@@ -14,7 +14,8 @@ from megalite.config_loader import LoadedConfig, format_config
 from megalite.data.blend import Blend
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader
-from megalite.data.sources import unigram_entropy
+from megalite.data.sources import Sources, unigram_entropy
+from megalite.data.streaming import StreamingLoader
 from megalite.errors import UserError
 from megalite.model.flops import count_parameters, predict_memory
 from megalite.topology import Topology
@@ -26,8 +27,8 @@ def banner(
     config: Config,
     topology: Topology,
     engine: Engine,
-    loader: TrainLoader,
-    validation: dict[str, WindowDataset],
+    loader: TrainLoader | StreamingLoader,
+    sources: Sources,
     max_steps: int,
     run_dir: Path,
 ) -> str:
@@ -43,11 +44,10 @@ def banner(
         sequence=data.block_size,
         recompute=training.activation_checkpointing,
     )
-    global_batch, windows = loader.global_batch, len(loader.dataset)
+    global_batch = loader.global_batch
     tokens = global_batch * data.block_size
     samples = max_steps * global_batch
     zero = f"ZeRO-{engine.zero_stage}{' with CPU offload' if engine.offload else ''}"
-    passes = "in a blend" if loader.blend else f"{samples / windows:.2f} epochs"
     return "\n".join(
         [
             f"MegaLite  {count_parameters(model) / 1e6:,.2f} M parameters: {model.num_layers} layers, hidden"
@@ -57,15 +57,24 @@ def banner(
             f" checkpointing {training.activation_checkpointing}",
             f"batch     {training.per_device_train_batch_size} sequences a device x {loader.accumulation} accumulated x"
             f" {topology.grid.data} ranks = {global_batch} of {data.block_size} tokens = {tokens:,} tokens a step",
-            f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens: {passes} of"
-            f" {windows:,} sequences; {_validation(validation)}",
-            *(_blend(loader.blend, samples) if loader.blend else []),
-            *_dropped([loader.dataset, *validation.values()]),
+            f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens: {_passes(sources, samples)};"
+            f" {_validation(sources.validation)}",
+            *(_blend(sources.blend, samples) if sources.blend else []),
+            *_dropped([each for each in (sources.train, *sources.validation.values()) if not isinstance(each, list)]),
             f"memory    about {memory['total'] / 2**30:.2f} GiB a device predicted: {memory['states'] / 2**30:.2f}"
             f" weights, gradients and optimizer, {memory['activations'] / 2**30:.2f} activations",
             f"writes    {config.checkpoint.output_dir} (checkpoints), {run_dir} (metrics)",
         ]
     )
+
+
+def _passes(sources: Sources, samples: int) -> str:
+    if isinstance(sources.train, list):
+        size = sum(file.size for file in sources.train)
+        return f"straight from {len(sources.train)} files of text, {size / 1e6:,.1f} MB"
+    windows = len(sources.train)
+    passes = "in a blend" if sources.blend else f"{samples / windows:.2f} epochs"
+    return f"{passes} of {windows:,} sequences"
 
 
 def _validation(sets: dict[str, WindowDataset]) -> str:

@@ -1,8 +1,8 @@
-"""A tiny real job for tests of the whole program: some of Python's own source, tokenized, and a command to train on it."""
+"""A tiny real job for tests of the whole program: some of Python's source, tokenized, and a command to train on it."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megalite.data.tokenize import build_indexed
@@ -95,19 +96,16 @@ class Job:
                 assert time.monotonic() < deadline, "the run does not get there"
                 time.sleep(0.02)
         finally:
-            kill_session(process.pid)
+            kill_all(process.pid)
             process.wait()
 
 
-def kill_session(session: int) -> None:
-    """kill -9 every process of a session: the launcher puts its ranks into process groups of their own."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+def kill_all(launcher: int) -> None:
+    """kill -9 a launcher and every process below it: its ranks may be in sessions of their own."""
+    process = psutil.Process(launcher)
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def run(command: list[str], timeout: float = 180, accelerator: str = "cpu") -> Finished:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config import BlendEntry
+from megalite.config import BlendEntry, DataConfig
 from megalite.data.dataset import WindowDataset
 from megalite.data.sources import (
     cache_prefix,
@@ -13,6 +13,8 @@ from megalite.data.sources import (
     index_texts,
     make_blend,
     resolve_blend,
+    resolve_files,
+    streamed_files,
     unigram_entropy,
 )
 from megalite.data.tokenizer import Tokenizer
@@ -33,15 +35,30 @@ def test_text_is_indexed_once_and_again_when_it_changes(tmp_path, tokenizer_dir)
     tokenizer = Tokenizer(tokenizer_dir)
     text = tmp_path / "a.txt"
     text.write_text("fox " * 100)
-    cache = (tokenizer, str(tmp_path / "cache"), "text")
-    index_texts([str(text)], *cache, workers=1)
-    prefix = cache_prefix([str(text)], *cache)
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), num_workers=1)
+    index_texts([str(text)], tokenizer, data)
+    prefix = cache_prefix([str(text)], tokenizer, data)
     built = Path(f"{prefix}.bin").stat().st_mtime_ns
-    index_texts([str(text)], *cache, workers=1)
+    index_texts([str(text)], tokenizer, data)
     assert Path(f"{prefix}.bin").stat().st_mtime_ns == built
+    for change in ({"json_key": "body"}, {"split_on": "line"}):
+        assert cache_prefix([str(text)], tokenizer, data.model_copy(update=change)) != prefix
     text.write_text("dog " * 101)
-    assert cache_prefix([str(text)], *cache) != prefix
-    assert cache_prefix([str(text)], tokenizer, str(tmp_path / "cache"), "body") != prefix
+    assert cache_prefix([str(text)], tokenizer, data) != prefix
+
+
+def test_streamed_files_are_of_the_format(tmp_path):
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("fox")
+    data = DataConfig(train_files=[str(tmp_path / "*.txt")], format="text")
+    assert [file.path for file in streamed_files(data)] == [str(tmp_path / "a.txt")]
+    with pytest.raises(ConfigError, match=r"b.jsonl is not .txt, which data.format = text reads"):
+        streamed_files(data.model_copy(update={"train_files": [str(tmp_path)]}))
+
+
+def test_a_folder_names_the_text_in_it(tmp_path):
+    (tmp_path / "a.txt").write_text("fox")
+    assert resolve_files([str(tmp_path)], "data.train_files") == ([], [str(tmp_path / "a.txt")])
 
 
 def entries(*prefixes):
