@@ -22,6 +22,10 @@ BLOCK = 2**20  # bytes that are read at once where lines don't matter
 REJECT_BYTES = 2**20  # of a line that is too long, for who wants to see it
 BOM = codecs.BOM_UTF8  # Windows tools write one; it is no text
 
+_JSON_TYPES = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"
+}  # fmt: skip
+
 Cut = Callable[[str], int]
 """The last place in a text, > 0, where it may be cut without changing its tokens; 0: nowhere."""
 
@@ -359,7 +363,7 @@ def _parse_row(raw: bytes, keys: Sequence[str]) -> tuple[str, ...] | str:
             return f'no key "{key}" (its keys: {names}); say which with --json-key'
         text = row[key]
         if not isinstance(text, str):
-            return f'the value of "{key}" is not a string but {type(text).__name__}'
+            return f'the value of "{key}" is {_JSON_TYPES[type(text)]}, not a string'
         if b"\\u" in raw and not text.isascii():  # UTF-8 has no surrogates, so only an escape can make one
             try:
                 text.encode("utf-8")

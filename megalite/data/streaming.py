@@ -59,9 +59,10 @@ class StreamingLoader:
 
     A lane's windows are emitted in blocks, shuffled inside. `shuffle_buffer`: the windows of the blocks of all lanes
     together, at most; up to twice as many are held in memory, in the token's dtype. A resumed lane reads no more than
-    its block again. A block is shuffled, as a segment is chosen, by the seed and its number alone. Where the tokenizer's
-    text can't be cut (`Encoder.cut`), a document is encoded anew for each block that it reaches into, so long ones are
-    slow: build indexed data of them.
+    its block again. A block is shuffled, as a segment is chosen, by the seed and its number alone.
+
+    Where the tokenizer's text can't be cut (`Encoder.cut`), a document is encoded anew for each block that it reaches
+    into, so long ones are slow: build indexed data of them.
 
     files: .jsonl and .txt (`split_on` as `PartReader` has it), not compressed. workers 0: tokenize in this process,
     when a block is asked for. gather: gives what each data-parallel rank calls it with, in a list; for `state_dict`.

@@ -156,8 +156,7 @@ def test_a_blend_killed_on_two_ranks_and_resumed_on_one(job):
     whole = job.train("blend-whole", *arguments, launcher="deepspeed", ranks=2)
     job.kill_at("blend-killed", 6, *arguments, launcher="deepspeed", ranks=2)
     resumed = job.train("blend-killed", *arguments)
-    log = (job.root / "blend-killed" / "train.log").read_text()
-    (step,) = map(int, re.findall(r"^resumed .*, step (\d+)$", log, re.MULTILINE))
+    step = resumed_step(job, "blend-killed")
     assert 5 <= step < 30
     assert_same_curve(resumed, whole, RELATIVE)
     assert [line["epochs"] for line in resumed] == [line["epochs"] for line in whole]
@@ -181,6 +180,27 @@ def test_a_blend_killed_on_two_ranks_and_resumed_on_one(job):
     assert summary[0] == f"validation loss {whole[-1]['eval_loss']:.4f} over all sets"
     assert [line.partition(":")[0] for line in summary[1:]] == ["  few", "  code"]
     assert "at best 1.0986 (unigram entropy)" in summary[1]  # of three tokens alike
+
+
+def test_streamed_text_killed_on_two_ranks_and_resumed_on_one(job):
+    """Also with documents apart, which every attention path and recomputation has to keep."""
+    text = job.root / "stream.txt"
+    text.write_text("\n\n".join(json.loads(line)["text"] for line in job.text.read_text().splitlines()))
+    arguments = ["--data.format", "text", "--train-files", str(text), "--split-on", "blank"]
+    arguments += ["--max-steps", "20", "--save-every", "5", "--mask-documents", "--reset-positions"]
+    whole = job.train("stream-whole", *arguments, launcher="deepspeed", ranks=2)
+    job.kill_at("stream-killed", 6, *arguments, launcher="deepspeed", ranks=2)
+    recompute = ("--activation-checkpointing", "full", "--num-workers", "1")
+    resumed = job.train("stream-killed", *arguments, *recompute)
+    assert 5 <= resumed_step(job, "stream-killed") < 20
+    assert_same_curve(resumed, whole, RELATIVE)
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.4
+
+
+def resumed_step(job, name: str) -> int:
+    """The step that a run went on from, the last time."""
+    log = (job.root / name / "train.log").read_text()
+    return int(re.findall(r"^resumed .*, step (\d+)$", log, re.MULTILINE)[-1])
 
 
 def test_finished_run_is_not_trained_again(job, one_rank):

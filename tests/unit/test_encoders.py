@@ -240,7 +240,7 @@ def sequence(*steps):
         ({"pre_tokenizer": sequence(LLAMA3_SPLIT | {"behavior": "Removed"}, BYTES)}, "pre-tokenizer"),
         ({"pre_tokenizer": sequence(LLAMA3_SPLIT | {"invert": True}, BYTES)}, "pre-tokenizer"),
         ({"pre_tokenizer": sequence(LLAMA3_SPLIT, LLAMA3_SPLIT, BYTES)}, "pre-tokenizer"),
-        ({"model": {"dropout": 0.5}}, "dropout"),
+        ({"model": {"dropout": 1e-9}}, "dropout"),
     ],
 )
 def test_what_else_a_tokenizer_does_is_refused(gpt2, tmp_path, change, reason):
@@ -358,4 +358,4 @@ def test_a_long_document_needs_little_memory(gpt2, name, size):
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert int(done.stdout) < 200 * 1024  # KiB; 140 times the text would be 270 MiB or more
+    assert int(done.stdout) < 100 * 1024  # KiB; uncut, 2 MB would take 200 MiB
