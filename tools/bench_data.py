@@ -60,7 +60,9 @@ class Row:
     pair: str = ""
     """The prefix of the token files that it writes, which are compared and removed after each run."""
     optional: bool = False
-    """Whether the others go on without it where it fails."""
+    """Whether the others go on without it where it fails: the tokenizer may not suit it."""
+    peer: bool = False
+    """Whether it is not ours: the others go on where it fails, and it may write other tokens."""
     against: str = ""
     """The row that a ratio is given to, where that is not the table's first."""
     exit_codes: tuple[int, ...] = (0,)
@@ -95,6 +97,8 @@ def run(command: list[str], folder: Path, exit_codes: tuple[int, ...] = (0,)) ->
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         last = ([line.strip() for line in output if line.strip()] or ["it printed nothing"])[-1]
+    if process.returncode == -signal.SIGKILL and wall > RUN_SECONDS:
+        raise _Failed(f"it was stopped after {RUN_SECONDS} s")
     if process.returncode not in exit_codes:
         raise _Failed(f"exit code {process.returncode}: {last.removeprefix('error: ')}")
     found = json.loads(last) if "bench_data_rows.py" in command[1] else {}
@@ -112,13 +116,13 @@ def take_turns(rows: list[Row], repeats: int, folder: Path) -> dict[str, list[Ru
                 done = run(row.command, folder, row.exit_codes)
                 pair = hash_pair(row.pair) if row.pair else ""
             except _Failed as error:
-                if not row.optional:
+                if not (row.optional or row.peer):
                     raise UserError(f"{row.name} failed: {error}") from error
                 print(f"left out: {row.name}: {error}", flush=True)
                 del runs[row.name]
                 continue
             if pair != hashes.setdefault("first", pair):
-                if not row.optional or row.pair.endswith("ours"):
+                if not row.peer:
                     raise UserError(f"{row.name} wrote other tokens than {rows[0].name}: that is a fault of ours")
                 if turn == 0:
                     print(f"note: {row.name} wrote other tokens than {rows[0].name}")
@@ -176,7 +180,7 @@ def build_rows(options: argparse.Namespace, corpus: Path, folder: Path) -> list[
         command += ["--append-eod", "--workers", str(options.workers)]
         # 1: versions of 2026 end in a traceback of find_optimal_num_workers when all is written.
         pair = str(folder / "peer_text_document")
-        rows.append(Row("Megatron", command, pair, optional=True, exit_codes=(0, 1)))
+        rows.append(Row("Megatron", command, pair, peer=True, exit_codes=(0, 1)))
     return rows
 
 
@@ -230,7 +234,7 @@ def bench_read(options: argparse.Namespace, folder: Path) -> None:
         kind = {"batch": batch, "documents": documents}
         rows.append(Row(f"ours, {name}", program("read_windows", **common, **kind), against=of_peer))
         if options.megatron:
-            rows.append(Row(of_peer, program("read_samples", **peer, **kind), optional=True))
+            rows.append(Row(of_peer, program("read_samples", **peer, **kind), peer=True))
     runs = take_turns(rows, options.repeats, folder)
     lines = []
     for row in (row for row in rows if row.name in runs):
@@ -252,19 +256,16 @@ def bench_startup(options: argparse.Namespace, folder: Path) -> None:
     rows = [
         Row(f"ours, {name}", program("start_windows", prefix=prefix, cold=name == "cold")) for name in ("warm", "cold")
     ]
-    if options.megatron:
-        remove = [sys.executable, "-c", "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"]
-        rows.append(Row("(index removed)", [*remove, f"{prefix}.cache"], optional=True))
-        for name, cold in (("first start, warm", False), ("later start, warm", False), ("later start, cold", True)):
-            command = program("start_samples", megatron=options.megatron, prefix=prefix, cold=cold)
-            rows.append(Row(f"GPTDataset, {name}", command, optional=True))
+    for name in ("first start, warm", "later start, warm", "later start, cold") if options.megatron else ():
+        kind = {"cold": name.endswith("cold"), "first": name.startswith("first")}
+        command = program("start_samples", megatron=options.megatron, prefix=prefix, **kind)
+        rows.append(Row(f"GPTDataset, {name}", command, peer=True))
     runs = take_turns(rows, options.repeats, folder)
     lines = []
     for name, each in runs.items():
-        if each[0].found:
-            found = {key: median(run.found[key] for run in each) for key in each[0].found}
-            seconds = [f"{found[key]:.2f}" for key in ("open_s", "first_batch_s", "cpu_s")]
-            lines.append([name, *seconds, f"{found['own_mib']:,.0f}", f"{max(run.peak for run in each):,.0f}"])
+        found = {key: median(run.found[key] for run in each) for key in each[0].found}
+        seconds = [f"{found[key]:.2f}" for key in ("open_s", "first_batch_s", "cpu_s")]
+        lines.append([name, *seconds, f"{found['own_mib']:,.0f}", f"{max(run.peak for run in each):,.0f}"])
     header = ["row", "open, s", "first batch, s", "CPU s", "own memory, MiB", "peak with pages of files, MiB"]
     print_table(header, lines)
 
@@ -298,8 +299,10 @@ def one_document(source: str, path: Path, megabytes: float) -> float:
         size += len(texts[-1].encode())
         if size >= megabytes * 1e6:
             break
-    path.write_text(json.dumps({"text": "\n\n".join(texts)}, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path.stat().st_size / 1e6
+    text = "\n\n".join(texts).encode()[: int(megabytes * 1e6)].decode(errors="ignore")
+    size = len(text.encode())
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    return size / 1e6
 
 
 def read_lines(source: str) -> Iterator[bytes]:
@@ -310,7 +313,7 @@ def read_lines(source: str) -> Iterator[bytes]:
         raise UserError(f"cannot read {source}: {error.strerror}; --input is a .jsonl file with text") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole
+# ----------------------------------------------------------------------------------------------------------- the whole
 
 
 def print_machine(megatron: str | None) -> None:
@@ -340,7 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="runs of each row (3)")
     add("--scratch", metavar="DIR", help="where temporary files go: 2 GB, on a disk for cold reads (the system's)")
     add("--megabytes", type=float, default=45, metavar="MB", help="of --input are built (45)")
-    add("--read-megabytes", type=float, default=400, metavar="MB", help="of tokens are read from (400)")
+    add("--read-megabytes", type=float, default=500, metavar="MB", help="of tokens are read from (500)")
     add("--read-seconds", type=float, default=1, metavar="S", help="of CPU that each row reads for (1)")
     add("--documents", type=int, default=50_000_000, metavar="N", help="are in the index that startup opens (50e6)")
     add("--document-megabytes", type=float, default=9.5, metavar="MB", help="has the document of memory (9.5)")
@@ -360,6 +363,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, what was started and written goes too
     print_machine(options.megatron)
     # For all that is run: readers measure one thread, and (a) gets as many as there are workers.
     os.environ["OMP_NUM_THREADS"] = "1"

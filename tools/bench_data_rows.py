@@ -6,6 +6,7 @@ JSON holds the arguments. What a program measured itself is the last line of its
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -81,9 +82,9 @@ def read_samples(
     megatron: str, prefix: str, vocab_size: int, eod_id: int, batch: int, documents: bool, seconds: float
 ) -> dict:
     """Samples of Megatron's GPTDataset in its order: one by one (batch 0), or in batches as a DataLoader makes them."""
+    make = gpt_dataset(megatron, prefix, vocab_size, eod_id, documents)
     from torch.utils.data import default_collate
 
-    make = gpt_dataset(megatron, prefix, vocab_size, eod_id, documents)
     make()  # writes its index
     drop_from_memory(f"{prefix}.bin")
     dataset = make()
@@ -106,11 +107,12 @@ def time_reads(read: Callable[[int], Any], samples: int, step: int, seconds: flo
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     result = {"cold_us": wall / len(cold) / step * 1e6, "cold_cpu_us": cpu / len(cold) / step * 1e6}
     read_through(path)
-    done, k, start = 0, 0, time.process_time()
+    done, k, start = 0, len(cold) * step, time.process_time()  # an epoch is longer than this takes, unless it is small
     while (cpu := time.process_time() - start) < seconds:
         for _ in range(0, 64, step):
+            k = k if k <= last else 0
             read(k)
-            k = k + step if k + step <= last else 0
+            k += step
             done += step
     return result | {"warm_cpu_us": cpu / done * 1e6, "samples": done}
 
@@ -128,10 +130,9 @@ def gpt_dataset(megatron: str, prefix: str, vocab_size: int, eod_id: int, docume
     class Vocabulary:
         """The part of a tokenizer that GPTDataset looks at."""
 
-        unique_identifiers = {"class": "Vocabulary"}
-
         def __init__(self) -> None:
             self.vocab_size, self.eod, self.pad = vocab_size, eod_id, -1
+            self.unique_identifiers = {"class": "Vocabulary"}
 
     by_document = {"reset_position_ids": documents, "reset_attention_mask": documents}
     if "inter_document_masking" in {field.name for field in dataclasses.fields(GPTDatasetConfig)}:
@@ -200,11 +201,13 @@ def start_windows(prefix: str, cold: bool) -> dict:
     return time_start(open_pair, draw, [f"{prefix}.idx"], cold)
 
 
-def start_samples(megatron: str, prefix: str, cold: bool) -> dict:
-    """The same of Megatron's GPTDataset, which makes its index at the first start."""
+def start_samples(megatron: str, prefix: str, cold: bool, first: bool) -> dict:
+    """The same of Megatron's GPTDataset, which makes its index at the `first` start."""
+    make = gpt_dataset(megatron, prefix, 65000, 0, documents=True)
     from torch.utils.data import default_collate
 
-    make = gpt_dataset(megatron, prefix, 65000, 0, documents=True)
+    if first:
+        shutil.rmtree(f"{prefix}.cache", ignore_errors=True)
     files = [f"{prefix}.idx", *map(str, Path(f"{prefix}.cache").glob("*.npy"))]
     return time_start(make, lambda data: default_collate([data[k] for k in range(BATCH)]), files, cold)
 

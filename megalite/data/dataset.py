@@ -66,19 +66,28 @@ class WindowDataset:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
+        return self._checked(index).astype(np.int64)
+
+    def _checked(self, index: int) -> np.ndarray:
+        """A window as it is stored, [s + 1] of the source's dtype, once its ids are known to be in the vocabulary."""
         source, start = self._place(index)
-        window = self._streams[source][start : start + self.block_size + 1].astype(np.int64)
-        if self.vocab_size is not None and not 0 <= int(window.min()) <= int(window.max()) < self.vocab_size:
-            worst = int(window.max()) if window.max() >= self.vocab_size else int(window.min())
-            raise UserError(
-                f"{self.sources[source].bin_path}: token id {worst} near token {start}, but model.vocab_size is "
-                f"{self.vocab_size}; the data is of another tokenizer, or damaged: build it again"
-            )
+        window = self._streams[source][start : start + self.block_size + 1]
+        if self.vocab_size is not None:
+            most = int(window.max())
+            least = 0 if window.dtype.kind == "u" else int(window.min())
+            if most >= self.vocab_size or least < 0:
+                raise UserError(
+                    f"{self.sources[source].bin_path}: token id {most if most >= self.vocab_size else least} near token "
+                    f"{start}, but model.vocab_size is {self.vocab_size}; the data is of another tokenizer, or damaged: "
+                    "build it again"
+                )
         return window
 
     def batch(self, indices: Sequence[int], loss_mask: np.ndarray | None = None) -> Batch:
         """These windows as one micro-batch [b, s]; `loss_mask`, bool [b] or [b, s], default: every label counts."""
-        windows = np.stack([self[i] for i in indices])
+        windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            windows[row] = self._checked(index)
         if not (self.reset_positions or self.mask_documents):
             return Batch.from_windows(windows, loss_mask)
         positions, documents = document_fields([self.document_breaks(i) for i in indices], self.block_size)

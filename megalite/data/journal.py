@@ -29,8 +29,8 @@ from megalite.data.indexed import atomic_write
 from megalite.data.inputs import InputFile, open_raw
 from megalite.errors import UserError
 
-PIECE_BYTES = 4 * 2**20  # inputs are cut and hashed at multiples of this
-MAX_TASKS = 4096  # from 16 GB on, tasks grow instead of becoming more
+PIECE_BYTES = 2 * 2**20  # inputs are cut and hashed at multiples of this
+MAX_TASKS = 4096  # from 8 GB on, tasks grow instead of becoming more
 MAX_PARTS = 4096  # of one task: a million empty files are some work too
 HASH_BLOCK = 2**20
 
