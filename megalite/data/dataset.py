@@ -76,10 +76,10 @@ class WindowDataset:
             most = int(window.max())
             least = 0 if window.dtype.kind == "u" else int(window.min())
             if most >= self.vocab_size or least < 0:
+                worst = most if most >= self.vocab_size else least
                 raise UserError(
-                    f"{self.sources[source].bin_path}: token id {most if most >= self.vocab_size else least} near token "
-                    f"{start}, but model.vocab_size is {self.vocab_size}; the data is of another tokenizer, or damaged: "
-                    "build it again"
+                    f"{self.sources[source].bin_path}: token id {worst} near token {start}, but model.vocab_size is "
+                    f"{self.vocab_size}; the data is of another tokenizer, or damaged: build it again"
                 )
         return window
 
