@@ -84,12 +84,11 @@ def main() -> None:
     summaries = build_indexed(options.pop("input"), json_keys=options.pop("json_key"), **options)
     for each in summaries:
         print_summary(each, time.monotonic() - start)
-    first = summaries[0]
-    left_out = {"empty documents": first.empty_documents, "blank lines": first.blank_lines, "rejects": first.rejects}
-    if any(left_out.values()):
-        print("left out: " + ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count))
-    if first.rejects:
-        print(f"  rejects are in {options['output_prefix']}.rejects.jsonl")
+    blank, rejects = summaries[0].blank_lines, summaries[0].rejects
+    if blank:
+        print(f"left out: {blank:,} blank lines")
+    if rejects:
+        print(f"left out: {rejects:,} documents that can't be read; see {options['output_prefix']}.rejects.jsonl")
 
 
 def print_summary(each: BuildSummary, seconds: float) -> None:
@@ -100,6 +99,8 @@ def print_summary(each: BuildSummary, seconds: float) -> None:
     )
     for path in pair_paths(each.prefix):
         print(f"  {path} ({path.stat().st_size:,} bytes)")
+    if each.empty_documents:
+        print(f"  left out: {each.empty_documents:,} empty documents")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from megalite.data.indexed import PairWriter, staged, token_dtype
 from megalite.data.inputs import InputFile, name_files
-from megalite.data.journal import Task, WorkFolder, combine, shard_name
+from megalite.data.journal import Task, WorkFolder, check_unchanged, combine, hash_file, shard_name
 from megalite.data.permutation import KeyedPermutation
 from megalite.data.progress import Progress
 from megalite.data.workers import Job
@@ -40,6 +41,8 @@ class Split:
         if first <= 0 or second <= 0:
             raise UserError(f'split "{text}" is not two positive numbers, such as 98,2')
         self.share = (second / (first + second)).limit_denominator(10**6)  # 10^12 documents times that fit 64 bits
+        if not 0 < self.share < 1:
+            raise UserError(f'split "{text}" has a share of less than one in a million')
         self.key = int.from_bytes(hashlib.blake2b(f"megalite split {seed}".encode(), digest_size=8).digest(), "little")
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
@@ -97,9 +100,9 @@ class Build:
     show: bool
     """Whether to report progress."""
 
-    def input_entry(self, file: InputFile, sha256: str | None) -> dict[str, str | int | None]:
-        """The manifest's entry of an input; sha256 None: not read to its end."""
-        return {"path": self.job.name(file.path), "bytes": file.size, "sha256": sha256}
+    def input_entry(self, file: InputFile, content: dict) -> dict[str, str | int | None]:
+        """The manifest's entry of an input; content: what `hash_file` gives."""
+        return {"path": self.job.name(file.path), "bytes": file.size, **content}
 
 
 class Shards:
@@ -158,6 +161,9 @@ def write_shuffled(
         return
     itemsize = pairs[0].dtype.itemsize
     table_path = shards.folder / "table.tmp"
+    with open(table_path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 24 * shards.count)  # a full disk ends a process that writes what is mapped
+    _allow_files(len(shards.numbers))
     table = np.memmap(
         table_path, dtype="<i8", mode="w+", shape=(shards.count, 3)
     )  # start in its shard, end, text bytes
@@ -183,6 +189,20 @@ def write_shuffled(
                 report(len(block))
     del table
     table_path.unlink()
+
+
+def _allow_files(count: int) -> None:
+    """Raise the limit of open files where `count` more would pass it: what is mapped counts too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 100
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"shuffling needs {wanted} open files, but at most {hard} are allowed: raise that (ulimit -Hn) and run the "
+            "same command again to go on"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _blocks(count: int, seed: int, size: int = 65536) -> Iterator[np.ndarray]:
@@ -219,7 +239,7 @@ def write_rejects(path: Path, folder: Path, entries: Sequence[dict], names: Call
                 for line in (folder / shard_name(entry["task"], 0, "rejects")).read_bytes().splitlines():
                     reject = json.loads(line)
                     found.setdefault(reject["part"], []).append(reject)
-            for index, lines in enumerate(entry["lines"]):
+            for index, lines in enumerate(part["lines"] for part in entry["parts"]):
                 name = names(entry["task"], index)
                 for reject in found.get(index, ()):
                     out = out or stack.enter_context(open(staged(path), "wb"))
@@ -249,7 +269,7 @@ def assemble(build: Build, entries: list[dict]) -> list[BuildSummary]:
         report.set(written)
 
     try:
-        hashed = _hashes_read(build.tasks, entries)
+        content = _hash_what_was_read(build, entries)
         dtype = token_dtype(outputs[0].facts["vocab_size"])
         empty = []
         for key in range(len(job.json_keys)):
@@ -266,10 +286,12 @@ def assemble(build: Build, entries: list[dict]) -> list[BuildSummary]:
         rejects = write_rejects(
             rejects_path, folder.path, entries, lambda task, part: job.name(build.tasks[task].parts[part].path)
         )
-        records = [build.input_entry(file, hashed.get(file.path)) for file in build.files]
+        records = [build.input_entry(file, content[file.path]) for file in build.files]
         for pair, output in zip(pairs, outputs, strict=True):
             counts = {"empty_documents": empty[output.key], "blank_lines": blank, "rejects": rejects}
             pair.finish(output.facts | counts | {"inputs": records})
+        for task, _ in zip(build.tasks, entries, strict=False):
+            check_unchanged(task)
         folder.begin_commit()
         rejects_path.unlink(missing_ok=True)  # an earlier build's
         if rejects:
@@ -293,14 +315,23 @@ def assemble(build: Build, entries: list[dict]) -> list[BuildSummary]:
     ]
 
 
-def _hashes_read(tasks: list[Task], entries: list[dict]) -> dict[str, str]:
-    """The hash of each input that was read to its end, by its path."""
+def _hash_what_was_read(build: Build, entries: list[dict]) -> dict[str, dict]:
+    """What `hash_file` gives for each input, by its path; with `max_documents` some are not read to their end."""
     pieces: dict[str, list[str]] = {}
-    unread = {part.path for task in tasks[len(entries) :] for part in task.parts}
-    for task, entry in zip(tasks, entries, strict=False):
-        for part, found in zip(task.parts, entry["pieces"], strict=True):
-            pieces.setdefault(part.path, []).extend(found)
-    return {path: combine(found) for path, found in pieces.items() if path not in unread}
+    reached: dict[str, int] = {}  # bytes
+    unfinished = {part.path for task in build.tasks[len(entries) :] for part in task.parts}
+    for task, entry in zip(build.tasks, entries, strict=False):
+        found = entry["parts"]
+        unfinished |= {part.path for part in task.parts[len(found) :]}  # an error came behind the last document taken
+        for i, part in enumerate(task.parts):
+            reached[part.path] = part.end + (found[i]["tail"] if i < len(found) else 0)
+            pieces.setdefault(part.path, []).extend(found[i]["pieces"] if i < len(found) else ())
+    return {
+        file.path: hash_file(file, reached.get(file.path, 0))
+        if file.path in unfinished
+        else {"sha256": combine(pieces[file.path])}
+        for file in build.files
+    }
 
 
 def _refuse_empty(build: Build, pairs: list[PairWriter], num_documents: int) -> None:

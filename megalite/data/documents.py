@@ -119,6 +119,11 @@ class PartReader:
         done = self._stream.raw.position if self.file.compression else self._offset - self.part.start
         return max(0, min(done, size))
 
+    @property
+    def tail(self) -> int:
+        """Bytes after the part that were read to end its last line or paragraph."""
+        return max(0, self._offset - self.part.end) if divisible(self.file, self.split_on) else 0
+
     def __iter__(self) -> Iterator[Piece | Reject]:
         if self.file.format == "parquet":
             yield from self._read_rows()

@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -82,21 +82,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def index_bytes(lengths: Sequence[int] | np.ndarray, dtype: np.dtype) -> list[bytes]:
-    """The content of an .idx whose every sequence is one document; `lengths` [N] in tokens."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) < 2**31:
+def index_chunks(lengths: Sequence[np.ndarray], dtype: np.dtype) -> Iterator[bytes]:
+    """The content of an .idx whose every sequence is one document; `lengths`: arrays [n] in tokens, in a row."""
+    count = sum(map(len, lengths))
+    if any(len(each) and not 0 <= int(each.min()) <= int(each.max()) < 2**31 for each in lengths):
         raise UserError("a document of 2^31 tokens or more does not fit the .idx format: split it")
-    pointers = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1] * dtype.itemsize, out=pointers[1:])
-    header = HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(lengths) + 1)
-    document_starts = np.arange(len(lengths) + 1, dtype="<i8")
-    return [header, lengths.astype("<i4").tobytes(), pointers.tobytes(), document_starts.tobytes()]
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], count, count + 1)
+    yield from (each.astype("<i4").tobytes() for each in lengths)
+    pointer = 0
+    for each in lengths:
+        ends = pointer + np.cumsum(each, dtype="<i8") * dtype.itemsize
+        yield (ends - each.astype("<i8") * dtype.itemsize).tobytes()
+        pointer = int(ends[-1]) if len(ends) else pointer
+    for start in range(0, count + 1, 2**20):
+        yield np.arange(start, min(start + 2**20, count + 1), dtype="<i8").tobytes()
 
 
 def write_index(path: str | Path, lengths: Sequence[int] | np.ndarray, dtype: np.dtype) -> str:
     """Write an .idx whose every sequence is one document, atomically; `lengths` [N] in tokens. Returns its SHA-256."""
-    return atomic_write(path, index_bytes(lengths, dtype))
+    return atomic_write(path, index_chunks([np.asarray(lengths, dtype=np.int64)], dtype))
 
 
 def pair_paths(prefix: str) -> list[Path]:
@@ -128,8 +132,10 @@ class PairWriter:
         """
         self._file.write(tokens)
         self._digest.update(tokens)
-        self._lengths.append(lengths[lengths > 0])
-        self.documents += len(self._lengths[-1])
+        kept = lengths[lengths > 0]
+        small = len(kept) and int(kept.max()) < 2**31  # else `finish` refuses it
+        self._lengths.append(kept.astype("<i4") if small else kept)
+        self.documents += len(kept)
         self.tokens += int(lengths.sum())
         self.text_bytes += int(text_bytes.sum())
 
@@ -147,7 +153,7 @@ class PairWriter:
         os.fsync(self._file.fileno())
         self._refuse_if_taken()
         if index is None:
-            index = index_bytes(np.concatenate(self._lengths), self.dtype)
+            index = index_chunks(self._lengths, self.dtype)
         index_sha256 = stage_file(self.paths[1], index)
         text_bytes = {} if self.text_bytes is None else {"text_bytes": self.text_bytes}
         manifest = facts | {

@@ -27,6 +27,7 @@ class InputFile(NamedTuple):
 
     path: str
     size: int  # bytes on disk
+    mtime_ns: int = 0  # when it was last written, where that is known
 
     @property
     def format(self) -> str:
@@ -46,6 +47,11 @@ def is_text(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
+def is_ours(path: str) -> bool:
+    """Whether a build puts such a file or folder beside its output: no input, unless it is named."""
+    return path.endswith((".building", ".rejects.jsonl"))
+
+
 def match_paths(pattern: str) -> list[str]:
     """What a path or glob matches, sorted; an existing path is itself, whatever characters are in it."""
     if os.path.exists(pattern):
@@ -56,7 +62,8 @@ def match_paths(pattern: str) -> list[str]:
 def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
     """Files of paths, globs and folders, in the order given, each glob and folder sorted, none twice.
 
-    A folder stands for every file below it with a suffix of `SUFFIXES`; hidden ones are left out, links are followed.
+    A folder stands for every file below it with a suffix of `SUFFIXES`; hidden ones are left out, links are followed;
+    what a build left there (`is_ours`) is no input of a folder or glob.
 
     Raises `UserError` for a missing or unreadable file, a glob without a match, a folder without a file to read, a
     suffix that is not in `SUFFIXES`, and a format whose package is not installed.
@@ -64,6 +71,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
     found = _Found()
     for pattern in patterns:
         matches = match_paths(pattern)
+        if pattern not in matches:  # a glob
+            matches = [path for path in matches if not is_ours(path)]
         if not matches and glob.has_magic(pattern):
             raise UserError(f'no file matches "{pattern}"')
         for path in matches or [pattern]:
@@ -105,7 +114,7 @@ class _Found:
         folder, name = os.path.split(path)
         # Not os.path.realpath(path), which asks about each folder on the way for each file anew.
         real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
-        self.files.setdefault(real, InputFile(path, status.st_size))
+        self.files.setdefault(real, InputFile(path, status.st_size, status.st_mtime_ns))
 
     def _add_folder(self, folder: str) -> None:
         paths: list[str] = []
@@ -122,7 +131,7 @@ class _Found:
             self.listed.add(real)
             try:
                 with os.scandir(each) as entries:
-                    shown = [entry for entry in entries if not entry.name.startswith(".")]
+                    shown = [entry for entry in entries if not entry.name.startswith(".") and not is_ours(entry.name)]
                     waiting += sorted((entry.path for entry in shown if entry.is_dir()), reverse=True)
                     paths += [entry.path for entry in shown if is_text(entry.name) and not entry.is_dir()]
             except OSError as error:

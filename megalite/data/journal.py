@@ -2,11 +2,12 @@
 
     lock            held by the process that builds
     plan.json       what is built of what; another build does not go on from these shards
-    journal.jsonl   one line for each task whose shards are whole
+    journal         one JSON line for each task whose shards are whole
     000042.0.bin    tokens of task 42 for json key 0
     000042.0.docs   i64 [n, 2] of its documents: tokens with EOD, bytes of text (UTF-8)
     000042.0.rejects  a JSON line for each document of task 42 that was left out
     stdin.jsonl     standard input, put here to be cut into tasks
+    table           where each document is, to shuffle them
     committing      from here on, files under final names are this build's
 
 A task is cut by the inputs' sizes alone, writes its shards under temporary names and renames them, and is journalled
@@ -18,11 +19,11 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from megalite.data.documents import Part, divisible
 from megalite.data.indexed import atomic_write
@@ -33,45 +34,73 @@ PIECE_BYTES = 2 * 2**20  # inputs are cut and hashed at multiples of this
 MAX_TASKS = 4096  # from 8 GB on, tasks grow instead of becoming more
 MAX_PARTS = 4096  # of one task: a million empty files are some work too
 HASH_BLOCK = 2**20
+OWN_NAME = re.compile(
+    r"(\d{6,}\.\d+\.(bin|docs|rejects)|plan\.json|journal|table|committing)(\.tmp)?|stdin\.(jsonl|txt)"
+)
 
 
 class Task(NamedTuple):
     number: int
     parts: tuple[Part, ...]
+    stamps: tuple[tuple[int, int], ...]
+    """(size, mtime_ns) of each part's file when the build began."""
 
 
 def plan_tasks(files: Sequence[InputFile], split_on: str) -> Iterator[Task]:
     """Cut inputs into tasks of about the same size: ranges of a file where it can be cut, small files together."""
     total = sum(file.size for file in files)
     unit = PIECE_BYTES * max(1, -(-total // (PIECE_BYTES * MAX_TASKS)))
-    number, parts, size = 0, [], 0
+    number, parts, stamps, size = 0, [], [], 0
     for file in files:
         step = unit if divisible(file, split_on) else max(1, file.size)
         for start in range(0, max(1, file.size), step):
             part = Part(file.path, start, min(start + step, file.size))
             if parts and (size + part.end - part.start > unit or len(parts) == MAX_PARTS):
-                yield Task(number, tuple(parts))
-                number, parts, size = number + 1, [], 0
+                yield Task(number, tuple(parts), tuple(stamps))
+                number, parts, stamps, size = number + 1, [], [], 0
             parts.append(part)
+            stamps.append((file.size, file.mtime_ns))
             size += part.end - part.start
     if parts:
-        yield Task(number, tuple(parts))
+        yield Task(number, tuple(parts), tuple(stamps))
+
+
+def check_unchanged(task: Task) -> None:
+    """Raises `UserError` where an input of a task is not the file any more that it was when the build began."""
+    for part, stamp in zip(task.parts, task.stamps, strict=True):
+        try:
+            status = os.stat(part.path)
+            same = (status.st_size, status.st_mtime_ns) == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{part.path} changed while it was read: let it be whole, then run the same command again")
 
 
 def hash_pieces(part: Part, size: int) -> list[str]:
     """SHA-256 (hex) of each `size` bytes of a part, or of what is there of it now."""
     digests = []
-    with open_raw(part.path) as file:
-        file.seek(part.start)
-        left = part.end - part.start
-        while left or not digests:
-            digest, in_piece = hashlib.sha256(), min(left, size)
-            left -= in_piece
-            while in_piece and (block := file.read(min(HASH_BLOCK, in_piece))):
-                digest.update(block)
-                in_piece -= len(block)
-            digests.append(digest.hexdigest())
+    try:
+        with open_raw(part.path) as file:
+            file.seek(part.start)
+            left = part.end - part.start
+            while left or not digests:
+                digest, in_piece = hashlib.sha256(), min(left, size)
+                left -= in_piece
+                while in_piece and (block := file.read(min(HASH_BLOCK, in_piece))):
+                    digest.update(block)
+                    in_piece -= len(block)
+                digests.append(digest.hexdigest())
+    except OSError as error:
+        raise UserError(f"cannot read {part.path}: {error.strerror}") from error
     return digests
+
+
+def hash_around(part: Part, tail: int) -> list[str]:
+    """Of the byte before a part, which says whether a line begins with it, and of `tail` bytes after it."""
+    before = hash_pieces(Part(part.path, part.start - 1, part.start), 1) if part.start else []
+    after = hash_pieces(Part(part.path, part.end, part.end + tail), tail) if tail else []
+    return before + after
 
 
 def combine(pieces: list[str]) -> str:
@@ -79,9 +108,12 @@ def combine(pieces: list[str]) -> str:
     return pieces[0] if len(pieces) == 1 else hashlib.sha256(bytes.fromhex("".join(pieces))).hexdigest()
 
 
-def hash_file(file: InputFile) -> str:
-    """What `combine` gives for a whole file."""
-    return combine(hash_pieces(Part(file.path, 0, file.size), PIECE_BYTES))
+def hash_file(file: InputFile, read_bytes: int | None = None) -> dict[str, str | int | None]:
+    """What the manifest says of an input's content; read_bytes: only so much of it was read."""
+    if read_bytes is None:
+        return {"sha256": combine(hash_pieces(Part(file.path, 0, file.size), PIECE_BYTES))}
+    read = combine(hash_pieces(Part(file.path, 0, read_bytes), PIECE_BYTES)) if read_bytes else None
+    return {"sha256": None, "read_bytes": read_bytes, "read_sha256": read}
 
 
 def describe_changes(before: dict, now: dict) -> str:
@@ -102,8 +134,10 @@ def describe_changes(before: dict, now: dict) -> str:
     return ", ".join(sorted(found))
 
 
-def _describe_inputs(old: list[dict], new: list[dict]) -> list[str]:
-    before, now = ({each["path"]: each for each in inputs} for inputs in (old, new))
+def _describe_inputs(old: Any, new: list[dict]) -> list[str]:
+    if not isinstance(old, list) or not all(isinstance(each, dict) and "path" in each for each in old):
+        return ["the inputs are not recorded as they should be"]
+    before, now = ({str(each["path"]): each for each in inputs} for inputs in (old, new))
     found = [f'input "{path}" changed' for path in before.keys() & now.keys() if before[path] != now[path]]
     found += [f'input "{path}" is new' for path in now.keys() - before.keys()]
     found += [f'input "{path}" is gone' for path in before.keys() - now.keys()]
@@ -132,6 +166,8 @@ class WorkFolder:
         path = self.path / "lock"
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(self.path.iterdir()):
+                raise UserError(f"{self.path} is not of a build, but a build keeps its work there: move it away")
             with contextlib.ExitStack() as opened:
                 lock = opened.enter_context(open(path, "ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,9 +181,15 @@ class WorkFolder:
 
         discard: begin anew where the plan or an input has changed, instead of raising `UserError` with what changed.
         """
-        entries = self._read_entries()
+        number_of_parts = {task.number: len(task.parts) for task in tasks}
+        entries = {
+            number: entry
+            for number, entry in self._read_entries().items()
+            if number_of_parts.get(number) == len(entry["parts"])
+            and len(entry["shards"]) == len(plan["options"]["json_keys"])
+        }
         before = self._read_plan()
-        if entries and before is not None:
+        if before is not None and self.has_work:
             changed = describe_changes(before, plan) or self._changed_inputs(entries, tasks, threads)
             if changed and not discard:
                 raise UserError(
@@ -163,8 +205,8 @@ class WorkFolder:
                 self.clear()
                 atomic_write(self.path / "plan.json", [json.dumps(plan).encode()])
             lines = [json.dumps(entry).encode() + b"\n" for entry in entries.values()]
-            atomic_write(self.path / "journal.jsonl", lines)  # without the line that a kill left unfinished
-            self._journal = open(self.path / "journal.jsonl", "ab")  # noqa: SIM115 -- held until close
+            atomic_write(self.path / "journal", lines)  # without the line that a kill left unfinished
+            self._journal = open(self.path / "journal", "ab")  # noqa: SIM115 -- held until close
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         return entries
@@ -190,16 +232,24 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Remove all that earlier runs left, but the lock and what came by standard input in this one."""
-        for path in self.path.iterdir():
-            if path.name != "lock" and not path.name.startswith("stdin."):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self._own_files():
+            if not path.name.startswith("stdin."):
+                path.unlink(missing_ok=True)
+
+    def _own_files(self) -> list[Path]:
+        """What builds put here, but for the lock; nothing else is touched."""
+        return [path for path in self.path.iterdir() if OWN_NAME.fullmatch(path.name)]
 
     def close(self, *, remove: bool) -> None:
         """Let go of the folder; remove: it is not needed again."""
         if self._journal is not None:
             self._journal.close()
         if remove:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in self._own_files():
+                    path.unlink()
+                (self.path / "lock").unlink()  # last: a folder without it is not ours
+                self.path.rmdir()
         self._lock.close()
 
     def _read_plan(self) -> dict | None:
@@ -212,36 +262,48 @@ class WorkFolder:
     def _read_entries(self) -> dict[int, dict]:
         """Whole lines of the journal whose shards are there."""
         try:
-            lines = (self.path / "journal.jsonl").read_bytes().split(b"\n")[:-1]
+            lines = (self.path / "journal").read_bytes().split(b"\n")[:-1]
         except OSError:
             return {}
         entries = {}
         for line in lines:
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 entry = json.loads(line)
-                number, shards = entry["task"], entry["shards"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-            paths = [
-                self.path / shard_name(number, key, kind) for key in range(len(shards)) for kind in ("bin", "docs")
-            ]
-            sizes = [size for shard in shards for size in (shard["bytes"], 16 * shard["documents"])]
-            if all(path.exists() and path.stat().st_size == size for path, size in zip(paths, sizes, strict=True)):
-                entries[number] = entry
+                if self._is_whole(entry):
+                    entries[entry["task"]] = entry
         return entries
+
+    def _is_whole(self, entry: dict) -> bool:
+        """Whether an entry is as a worker makes it, and its shards are there; may raise anything where it is not."""
+        number, shards, parts = entry["task"], entry["shards"], entry["parts"]
+        counts = [number, entry["blank_lines"], entry["rejects"], entry["input_bytes"]]
+        counts += [shard[name] for shard in shards for name in ("documents", "empty", "tokens", "text_bytes", "bytes")]
+        counts += [part[name] for part in parts for name in ("lines", "tail")]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            return False
+        if not all(isinstance(digest, str) for part in parts for name in ("pieces", "around") for digest in part[name]):
+            return False
+        expected = {shard_name(number, 0, "rejects"): None} if entry["rejects"] else {}
+        for key, shard in enumerate(shards):
+            expected[shard_name(number, key, "bin")] = shard["bytes"]
+            expected[shard_name(number, key, "docs")] = 16 * shard["documents"]
+        found = {self.path / name: size for name, size in expected.items()}
+        return all(path.is_file() and size in (None, path.stat().st_size) for path, size in found.items())
 
     def _changed_inputs(self, entries: dict[int, dict], tasks: Sequence[Task], threads: int) -> str:
         """Which inputs of finished tasks are no longer what they were, by their hashes; empty: none."""
-        mine = [(task, entries[task.number]) for task in tasks if task.number in entries]
-        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
-            hashed = pool.map(lambda pair: [hash_pieces(part, PIECE_BYTES) for part in pair[0].parts], mine)
-            changed = {
+
+        def changed(task: Task) -> set[str]:
+            recorded = entries[task.number]["parts"]
+            return {
                 part.path
-                for (task, entry), pieces in zip(mine, hashed, strict=True)
-                for part, then, now in zip(task.parts, entry["pieces"], pieces, strict=True)
-                if then != now
+                for part, then in zip(task.parts, recorded, strict=True)
+                if hash_pieces(part, PIECE_BYTES) != then["pieces"] or hash_around(part, then["tail"]) != then["around"]
             }
-        names = [f'input "{path}" changed' for path in sorted(changed)]
+
+        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
+            found = set().union(*pool.map(changed, [task for task in tasks if task.number in entries]))
+        names = [f'input "{path}" changed' for path in sorted(found)]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

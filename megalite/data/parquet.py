@@ -36,7 +36,9 @@ def read_rows(path: str, keys: Sequence[str], start: int = 0) -> Iterator[tuple[
                     if row >= start:
                         yield row, total, _reason(keys, values) or values
                     row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+            if row != total:
+                raise UserError(f"cannot read {path}: it has {row} rows, but says that it has {total}: it is damaged")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 

@@ -92,6 +92,7 @@ def build_indexed(
             on_error=on_error,
             piece_bytes=journal.PIECE_BYTES,
             stdin=stdin,
+            max_documents=max_documents,
         )
         options = {
             "split_on": split_on,
@@ -116,11 +117,13 @@ def build_indexed(
         )
         done = None if overwrite else _find_done(build)
         if isinstance(done, list):
-            finished = True
+            finished = folder.committing  # else what is in the folder is of another build, that may go on
             return done
         plan = {
             "version": MANIFEST_VERSION,
             "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
             "options": options | {"json_keys": list(json_keys)},
             "inputs": [{"path": job.name(file.path), "bytes": file.size} for file in files],
         }
@@ -200,11 +203,11 @@ def _spool_stdin(path: str, show: bool) -> InputFile:
             while block := sys.stdin.buffer.read1(2**20):
                 file.write(block)
                 report.set(file.tell())
-            size = file.tell()
+        status = os.stat(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     report.close()
-    return InputFile(path, size)
+    return InputFile(path, status.st_size, status.st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------------------------------- what is there
@@ -246,11 +249,15 @@ def _find_done(build: Build) -> list[BuildSummary] | str | None:
 
 
 def _hash_inputs(build: Build, recorded: list[dict]) -> list[dict]:
-    """The manifest's entry of each input now; one that was not read to its end (max_documents) is not hashed."""
-    unread = {each["path"] for each in recorded if isinstance(each, dict) and each.get("sha256", "") is None}
+    """The manifest's entry of each input now; one that was not read to its end (max_documents) only so far."""
+    partly = {
+        each["path"]: each["read_bytes"]
+        for each in recorded
+        if isinstance(each, dict) and isinstance(each.get("path"), str) and type(each.get("read_bytes")) is int
+    }
     with ThreadPoolExecutor(build.workers) as pool:  # hashing releases the interpreter's lock
-        hashes = pool.map(lambda file: None if build.job.name(file.path) in unread else hash_file(file), build.files)
-        return [build.input_entry(file, sha256) for file, sha256 in zip(build.files, hashes, strict=True)]
+        contents = pool.map(lambda file: hash_file(file, partly.get(build.job.name(file.path))), build.files)
+        return [build.input_entry(file, content) for file, content in zip(build.files, contents, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------- the work
@@ -258,60 +265,82 @@ def _hash_inputs(build: Build, recorded: list[dict]) -> list[dict]:
 
 def _tokenize(build: Build, entries: dict[int, dict]) -> list[dict]:
     """Do what is not in `entries`, and journal it; returns the entries of all tasks that are needed, in order."""
-    job, folder, tasks, max_documents = build.job, build.folder, build.tasks, build.max_documents
-    errors: dict[int, str] = {}
+    tasks, limit = build.tasks, build.max_documents
     total = sum(part.end - part.start for task in tasks for part in task.parts)
     start = sum(entry["input_bytes"] for entry in entries.values())
     report = Progress("tokenizing", total, start=start, show=build.show)
-    rejects = sum(entry["rejects"] for entry in entries.values())
-    documents = sum(entry["shards"][0]["documents"] for entry in entries.values())
-    leading = leading_documents = 0  # tasks from the first that are all done, and their documents
+    stopped: dict[int, dict] = {}  # entries of tasks that an error ended, with what they have before it
+    leading = taken = 0  # tasks from the first that are all done, and their documents
 
     def enough() -> bool:
-        nonlocal leading, leading_documents
-        while max_documents is not None and leading in entries and leading_documents < max_documents:
-            leading_documents += entries[leading]["shards"][0]["documents"]
+        """Whether the leading tasks have what is needed; raises the error that came before that."""
+        nonlocal leading, taken
+        while leading < len(tasks) and (limit is None or taken < limit):
+            entry = entries.get(leading)
+            if entry is None and limit is not None and leading in stopped:
+                entry = stopped[leading]
+                if taken + _documents(entry) < limit:
+                    raise UserError(entry["error"])
+                entries[leading] = entry
+            if entry is None:
+                return False
+            taken += _documents(entry)
             leading += 1
-        return max_documents is not None and leading_documents >= max_documents
-
-    def too_many(seen: int) -> bool:
-        return rejects > build.max_reject_fraction * seen
-
-    def refuse_rejects() -> UserError:
-        number = next(number for number in sorted(entries) if entries[number]["rejects"])
-        [first, *_] = _rejects_of(job, tasks[number], entries[number])
-        return UserError(
-            f"{rejects:,} of {rejects + documents:,} documents can't be read, more than --max-reject-fraction "
-            f"{build.max_reject_fraction:g} allows; one of them: {first}"
-        )
+        return True
 
     left = (task for task in tasks if task.number not in entries)
     work = run_tasks(
-        job, left, build.workers, lambda done, tokens, count: report.set(start + done, documents=count, tokens=tokens)
+        build.job,
+        left,
+        build.workers,
+        lambda done, tokens, count: report.set(start + done, documents=count, tokens=tokens),
     )
     try:
-        while not enough() and (entry := next(work, None)) is not None:
+        _refuse_rejects(build, entries, total)
+        while not enough():
+            entry = next(work)
             if "error" in entry:
-                errors[entry["task"]] = entry["error"]
+                stopped[entry["task"]] = entry
+                if limit is None:  # else it may be behind the last document that is taken
+                    raise UserError(entry["error"])
             else:
-                folder.record(entry)
+                build.folder.record(entry)
                 entries[entry["task"]] = entry
-                rejects += entry["rejects"]
-                documents += entry["shards"][0]["documents"]
-            # With max_documents, an error beyond the documents that are taken is none.
-            if errors and (max_documents is None or (not enough() and leading in errors)):
-                raise UserError(errors[min(errors)])
-            if rejects + documents >= MIN_SEEN and too_many(rejects + documents):
-                raise refuse_rejects()
+                if limit is None:
+                    _refuse_rejects(build, entries, total)
     except OSError as error:
-        raise UserError(f"cannot write {folder.path}: {error.strerror}") from error
+        raise UserError(f"cannot write {build.folder.path}: {error.strerror}") from error
     finally:
         work.close()
         report.close()
-    if too_many(rejects + documents):
-        raise refuse_rejects()
-    enough()
-    return [entries[task.number] for task in (tasks if max_documents is None else tasks[:leading])]
+    needed = {task.number: entries[task.number] for task in tasks[:leading]}
+    _refuse_rejects(build, needed, 0)
+    return list(needed.values())
+
+
+def _documents(entry: dict) -> int:
+    return entry["shards"][0]["documents"]
+
+
+def _refuse_rejects(build: Build, entries: dict[int, dict], total: int) -> None:
+    """Raise `UserError` where too many documents are left out; before the end, of as many as `total` bytes will have.
+
+    That is an estimate from what is read, so the limit is doubled until the end (total: 0).
+    """
+    rejects = sum(entry["rejects"] for entry in entries.values())
+    seen = rejects + sum(map(_documents, entries.values()))
+    if not rejects or (total and seen < MIN_SEEN):
+        return
+    read = sum(entry["input_bytes"] for entry in entries.values())
+    share = rejects / seen * (read / total / 2 if total else 1)
+    if share <= build.max_reject_fraction:
+        return
+    number = next(number for number in sorted(entries) if entries[number]["rejects"])
+    first = next(_rejects_of(build.job, build.tasks[number], entries[number]))
+    raise UserError(
+        f"{rejects:,} of {seen:,} documents can't be read, more than --max-reject-fraction "
+        f"{build.max_reject_fraction:g} allows; one of them: {first}"
+    )
 
 
 def _rejects_of(job: Job, task: Task, entry: dict) -> Iterator[str]:

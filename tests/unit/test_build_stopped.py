@@ -290,7 +290,7 @@ def test_an_interrupted_run_says_how_to_go_on(tokenizer_dir, tasks):
         *("--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x", "--encoder", "memo"),
         start_new_session=True,
     )
-    journal = Path("out/x.building/journal.jsonl")
+    journal = Path("out/x.building/journal")
     while not journal.exists() or journal.read_bytes().count(b"\n") < tasks:
         assert run.poll() is None
         time.sleep(0.02)

@@ -33,7 +33,7 @@ def test_inputs_are_expanded_in_order_and_once():
     patterns = ["b*.txt", "a.txt", "./b1.txt", "link.txt", "[x].txt", "c.TXT", os.path.abspath("b2.txt")]
     assert expanded(*patterns) == ["b1.txt", "b2.txt", "a.txt", "[x].txt", "c.TXT"]
     touch("a.txt", text="four")
-    assert expand_inputs(["link.txt", "a.txt"]) == [InputFile("link.txt", 4)]
+    assert [(file.path, file.size) for file in expand_inputs(["link.txt", "a.txt"])] == [("link.txt", 4)]
 
 
 def test_a_folder_is_every_file_below_it_that_can_be_read():
@@ -223,7 +223,7 @@ def test_files_to_train_on_are_sorted_into_pairs_and_texts():
 @pytest.mark.parametrize(
     ("pattern", "error", "message"),
     [
-        ("*.bin", ConfigError, r"key: \*\.bin matches no \.bin, \.idx, \.txt or \.jsonl file"),
+        ("*.bin", ConfigError, r"key: \*\.bin matches no indexed data \(\.bin, \.idx\) and no text"),
         ("x", ConfigError, r"key: x: no such indexed data \(x\.idx does not exist\); build it"),
         ("x.txt", UserError, r'no such file: "x\.txt"'),
         ("*.txt", UserError, r'no file matches "\*\.txt"'),
@@ -233,3 +233,9 @@ def test_what_matches_nothing_is_named(pattern, error, message):
     touch("e.manifest.json")
     with pytest.raises(error, match=message):
         resolve_files([pattern], "key")
+
+
+def test_what_a_build_left_is_no_input_of_a_folder_or_glob():
+    touch("f/a.jsonl", "f/x.rejects.jsonl", "f/x.building/stdin.jsonl")
+    assert expanded("f") == expanded("f/*") == ["f/a.jsonl"]
+    assert expanded("f/x.rejects.jsonl") == ["f/x.rejects.jsonl"]  # who names it means it
