@@ -24,10 +24,20 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "hf": ["transformers>=5.0"],
+        "hf": ["transformers>=5.0", "accelerate>=1.1"],  # the second for tools/bench_train.py, whose peer wants it
         "zstd": ["zstandard>=0.22"],  # reading .zst
         "parquet": ["pyarrow>=14"],  # reading .parquet
         "fast": ["gigatoken>=0.10,<0.11"],  # a faster encoder of documents
-        "test": ["pytest>=8.0", "ruff>=0.15", "transformers>=5.0", "zstandard", "pyarrow", "gigatoken"],
+        "triton": ["triton>=3.6"],  # compiles the kernels; torch for CUDA brings its own
+        "test": [
+            "pytest>=8.0",
+            "ruff>=0.15",
+            "transformers>=5.0",
+            "accelerate>=1.1",
+            "zstandard",
+            "pyarrow",
+            "gigatoken",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
     },
 )

@@ -13,6 +13,8 @@ from megalite.errors import ConfigError
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]  # becomes the name of a metric
+KernelChoice = Literal["auto", "triton", "torch"]
+KernelName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]
 
 
 class Section(BaseModel):
@@ -38,9 +40,26 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="Base of the rotary embedding.")
     norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="Epsilon of RMSNorm.")
     qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys, before RoPE (Qwen3).")
+    attention: Literal["auto", "sdpa", "varlen", "softmax"] = Field(
+        "auto",
+        description="How attention is computed; the results are the same. sdpa: torch's fused kernels. varlen: each "
+        "document by itself, in one call on a GPU (bf16 or fp16), in a call a document on the CPU; with a key/value "
+        "cache it is sdpa. softmax: all probabilities are made, by our softmax. auto: varlen for documents where it "
+        "can be, else sdpa.",
+    )
     tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weight.")
     init_std: Annotated[float, Field(gt=0)] = Field(
         0.02, description="Standard deviation of the initial weights; output projections get it / sqrt(2 * num_layers)."
+    )
+    fused_loss: bool = Field(
+        False,
+        description="Compute the head and its loss chunk by chunk, never holding all logits: less memory, the same "
+        "numbers.",
+    )
+    kernels: KernelChoice | dict[KernelName, str] = Field(
+        "auto",
+        description="What runs the fused operators. auto: Triton on a GPU, torch on a CPU. In YAML also {NAME: CHOICE} "
+        "for some of them (rms_norm, rope, swiglu, softmax, cross_entropy, linear_cross_entropy), others auto.",
     )
 
     @property
@@ -144,7 +163,15 @@ class TrainingConfig(Section):
         0, description="Steps of linear warm-up from 0; may be longer than a short trial run."
     )
     decay_steps: PositiveInt | None = Field(None, description="Length of wsd's decay; default: a tenth of the run.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="AdamW's decay, on matrices only.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the blocks' matrices, AdamW for the rest, at one learning rate; ZeRO-0."
+    )
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's decay of its momentum.")
+    muon_scale: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="Root mean square of Muon's update, over the learning rate; AdamW's is about 0.2."
+    )
+    muon_steps: Annotated[int, Field(ge=1, le=20)] = Field(5, description="Newton-Schulz iterations of Muon.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decay of the weights, on matrices only.")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the first moment.")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW's decay of the second moment.")
     adam_eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
@@ -152,8 +179,13 @@ class TrainingConfig(Section):
     z_loss: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of log(Z)^2 in the training loss (PaLM); evaluation never includes it."
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="Recompute in backward: nothing, what is cheap (matmul outputs are kept), or every block."
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+        "none",
+        description="Recompute in backward: nothing, what is cheap (matmul outputs are kept), or every block. offload: "
+        "recompute nothing, and keep what backward needs in the host's memory.",
+    )
+    compile: Literal["none", "blocks"] = Field(
+        "none", description="blocks: torch.compile each block, one graph for all; the first steps take long."
     )
     eval_every: PositiveInt | None = Field(None, description="Evaluate each N steps; always at the end.")
     eval_sequences: PositiveInt | None = Field(

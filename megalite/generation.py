@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megalite import kernels
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import UserError
 from megalite.layers.attention import KVCache
@@ -82,6 +83,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
 
     Raises UserError where the tensors are not those of the model that the checkpoint's configuration describes.
     """
+    kernels.use(checkpoint.model.kernels)
+    if kernels.problem(torch.device(device).type):  # trained on a GPU, say, and now on a CPU
+        kernels.use("auto")
     with torch.device("meta"):  # draws no initial weights
         stage = Stage(checkpoint.model, seed=0)
     checkpoint.check_shapes({p.global_name: p.global_shape for p in stage.parameters()})

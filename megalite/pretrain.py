@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from megalite.config import Config, check, check_schedule, resolve_batch
 from megalite.config_ds import read_ds_config
 from megalite.config_loader import format_config, load_config
-from megalite.errors import run_main
+from megalite.errors import ConfigError, run_main
 
 
 def main() -> int:
@@ -41,17 +41,18 @@ def main() -> int:
         pipeline=config.parallel.pipeline,
         timeout=timedelta(minutes=config.training.timeout_minutes),
     )
+    topology.together(use_kernels, config.model.kernels, topology.device.type)
     # The topology has settled the device, which DeepSpeed asks for at import.
     from megalite.data.sources import open_data, open_loader
     from megalite.model.gpt import Stage
     from megalite.training import report
     from megalite.training.checkpoint import find_resume, prepare_output
-    from megalite.training.engine import DTYPES, Engine, check_precision, zero_stage
+    from megalite.training.engine import DTYPES, Engine, check_training, zero_stage
     from megalite.training.meters import Meters
     from megalite.training.trainer import Trainer
 
     training = config.training
-    topology.together(check_precision, training.precision, zero_stage(ds_config), topology.device.type)
+    topology.together(check_training, config, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
@@ -98,6 +99,17 @@ def main() -> int:
     meters.close()
     topology.close()
     return 0
+
+
+def use_kernels(setting: str | dict[str, str], device: str) -> None:
+    from megalite import kernels
+
+    try:
+        kernels.use(setting)
+    except ValueError as error:
+        raise ConfigError(f"model.kernels: {error}") from None
+    if problem := kernels.problem(device):
+        raise ConfigError(f"model.kernels: {problem}")
 
 
 def steps_to_train(config: Config, windows: int, global_batch: int) -> int:

@@ -5,19 +5,24 @@ stand before the tokens of every document.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite import kernels
 from megalite.comms.collectives import Group, group_size
+from megalite.errors import ConfigError
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.norm import RMSNorm
 from megalite.layers.sharded_init import InitSpec
 
 Segments = list[list[int]] | Tensor
-"""How attention keeps documents apart, made once a forward pass by `document_segments`."""
+"""How attention keeps documents apart, made once a forward pass by `document_segments` or `row_segments`."""
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class KVCache:
@@ -38,7 +43,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """x [s, b, h] -> [s, b, h]."""
+    """x [s, b, h] -> [s, b, h]. path: auto, sdpa, varlen or softmax; what each is, `document_segments` says."""
 
     def __init__(
         self,
@@ -52,8 +57,10 @@ class Attention(nn.Module):
         init: InitSpec,
         output_std: float,
         group: Group,
+        path: str = "auto",
     ):
         super().__init__()
+        self.path = path
         tp = group_size(group)
         self.heads, self.kv_heads, self.head_size = num_heads // tp, num_kv_heads // tp, head_size
         outputs = (num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size)
@@ -76,7 +83,12 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, past) if segments is None else document_attention(q, k, v, segments)
+        if self.path == "softmax":
+            y = softmax_attention(q, k, v, segments)
+        elif segments is None:
+            y = causal_attention(q, k, v, past)
+        else:
+            y = document_attention(q, k, v, segments)
         # y: [b, n, s, d]
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_size))
 
@@ -92,27 +104,66 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, past: int = 0) -> Tensor:
     return _attend(q, k, v, mask, is_causal=past == 0)
 
 
-def document_segments(documents: Tensor, prefix: int, dtype: torch.dtype, head_size: int) -> Segments | None:
-    """The documents in the form in which attention is fastest here; None where each row is a single one.
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """As `causal_attention`, from the definition: the probabilities of all pairs, [b, n, s, t], are made and kept.
+
+    mask: bool [b, 1, s, t], what each query sees of what is not later; None: all of it.
+    """
+    groups, s = q.shape[1] // k.shape[1], q.shape[2]
+    # Query heads that share a key head stand under each other as more queries of it, so that nothing is repeated.
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [b, k, n/k * s, d]
+    scores = (rows @ k.transpose(2, 3)).unflatten(2, (groups, s))  # [b, k, n/k, s, t]
+    mask = None if mask is None else mask[:, None]
+    probabilities = kernels.softmax(scores, scale=1.0 / math.sqrt(q.shape[-1]), causal=True, mask=mask)
+    return (probabilities.flatten(2, 3) @ v).unflatten(2, (groups, s)).flatten(1, 2)
+
+
+def document_segments(
+    documents: Tensor, prefix: int, dtype: torch.dtype, head_size: int, path: str = "auto"
+) -> Segments | None:
+    """The documents in the form that `path` takes here; None where each row is a single one and needs none.
 
     documents: [b, s], the number of each token's document, from 0, rising along a row. prefix: p. dtype: of q, k and v.
-    - lists of document lengths, a list for each row, on the CPU: s^2 shrinks to the sum of the lengths' squares;
-    - `document_bounds` as int32, on a GPU that has FlashAttention for it;
-    - bool [b, 1, p+s, p+s], what each query sees, with a prefix or in fp32 on a GPU.
+    - varlen: attention of each document by itself. On the CPU lists of document lengths, a list for each row: s^2
+      shrinks to the sum of the lengths' squares, in a call a document. On a GPU `document_bounds` as int32, for
+      FlashAttention's one call. There is no prefix with it.
+    - sdpa, softmax: bool [b, 1, p+s, p+s], what each query sees, for torch's fused attention or for our softmax.
+    - auto: varlen where it can be, else sdpa.
+    Raises ConfigError where varlen was asked for by name and cannot be.
     """
     b, s = documents.shape
+    gpu_varlen = path in ("auto", "varlen") and _has_varlen(documents.device, dtype, head_size)
+    if path == "varlen":
+        _check_varlen(documents.device, dtype, head_size)
+        if prefix:
+            raise ConfigError(
+                "model.attention = varlen keeps no prefix in sight of every document; choose auto, sdpa or softmax"
+            )
+        if gpu_varlen:
+            return document_bounds(documents).int()
     if not (documents[:, 1:] != documents[:, :-1]).any():
         return None
-    if not prefix and documents.device.type == "cpu":
+    if not prefix and documents.device.type == "cpu" and path in ("auto", "varlen"):
         bounds = document_bounds(documents)
         rows = torch.bincount(bounds[:-1] // s).tolist()
         return [lengths.tolist() for lengths in bounds.diff().split(rows)]
-    if not prefix and _has_varlen(documents.device, dtype, head_size):
+    if not prefix and gpu_varlen:
         return document_bounds(documents).int()
     # The prefix is a document that all may see.
     documents = torch.cat((documents.new_full((b, prefix), -1), documents), dim=1)
     seen = (documents[:, :, None] == documents[:, None, :]) | (documents == -1)[:, None, :]
     return seen.tril()[:, None]
+
+
+def row_segments(b: int, s: int, device: torch.device, dtype: torch.dtype, head_size: int) -> Tensor | None:
+    """For the path varlen without documents: each row is one, of s positions. None on the CPU, where that is sdpa.
+
+    Raises ConfigError as `document_segments`.
+    """
+    _check_varlen(device, dtype, head_size)
+    if device.type == "cpu":
+        return None
+    return torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=device)
 
 
 def document_bounds(documents: Tensor) -> Tensor:
@@ -140,23 +191,51 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> T
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=1.0 / math.sqrt(q.shape[-1]),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    if q.shape[1] != k.shape[1] and q.is_cuda and (mask is not None or q.dtype not in _HALF):
+        # Of the fused kernels only those without a mask, in half precision, take groups; unfused would keep s^2.
+        k, v = _repeat_heads(q, k, v)
+    with _backends(q.device, q.dtype, is_causal):
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=1.0 / math.sqrt(q.shape[-1]),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for each query head."""
+    return tuple(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+
+
+def _backends(device: torch.device, dtype: torch.dtype, is_causal: bool) -> AbstractContextManager:
+    """cuDNN's attention before the others from Hopper on, where it has 1.7 to 2.3 times FlashAttention 2's speed.
+
+    Only as a sequence begins: cuDNN makes a plan for each new shape, and with a cache every token has a new one.
+    """
+    if not is_causal or device.type != "cuda" or dtype not in _HALF or _capability(device) < (9, 0):
+        return nullcontext()  # torch's own order
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # not above: it takes torch._dynamo, and so a second, along
 
-    b, n, s, _ = q.shape
-    # torch 2.11 has no enable_gqa here.
-    k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
+    b, _, s, _ = q.shape
+    k, v = _repeat_heads(q, k, v)  # torch 2.11 has no enable_gqa here
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b * s, n, d]
     # s as the longest document, of which the true length would have to come from the GPU.
     y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=1.0 / math.sqrt(q.shape[-1]), window_size=(-1, 0))
@@ -167,8 +246,16 @@ def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> boo
     """FlashAttention 2: half precision, Ampere or later, heads of up to 256 in steps of 8."""
     return (
         device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in _HALF
+        and _capability(device) >= (8, 0)
         and head_size <= 256
         and head_size % 8 == 0
     )
+
+
+def _check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    if device.type != "cpu" and not _has_varlen(device, dtype, head_size):
+        raise ConfigError(
+            "model.attention = varlen needs bf16 or fp16, a GPU from Ampere on, and heads of up to 256 in steps of 8;"
+            f" here are {dtype} on {device.type} and heads of {head_size}; choose auto"
+        )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megalite import kernels
 from megalite.comms.collectives import (
     Group,
     copy_to_tensor_parallel,
@@ -42,6 +43,7 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """hidden [s, b, h] -> logits [s, b, v/tp]; ids from vocab_size on are padding and get -inf: never predicted.
 
+    With targets [s, b], global ids or -100 -> the loss of each token [s, b], without ever holding all logits.
     weight: the embedding's parameter when tied, else None for one of its own.
     """
 
@@ -62,9 +64,16 @@ class VocabParallelHead(nn.Module):
         self.weight = weight
         local = padded_size // group_size(group)
         self.local_valid = min(max(vocab_size - group_rank(group) * local, 0), local)
+        self.vocab_size = vocab_size
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(copy_to_tensor_parallel(hidden, self.group), self.weight)
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        hidden = copy_to_tensor_parallel(hidden, self.group)
+        if targets is not None:
+            # In this module's forward, around which ZeRO-3 gathers the weight.
+            return kernels.linear_cross_entropy(
+                hidden, self.weight, targets, group=self.group, z_loss=z_loss, vocab_size=self.vocab_size
+            )
+        logits = F.linear(hidden, self.weight)
         if self.local_valid < logits.shape[-1]:
             # In place and unrecorded: the matmul's backward needs no output, the loss's gradient is 0 here already,
             # and either record would copy all logits.

@@ -17,5 +17,4 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init, group, output_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [s, b, f/tp] each
-        return self.down(kernels.swiglu(gate, up))
+        return self.down(kernels.swiglu_packed(self.gate_up(x)))  # of [s, b, 2 f/tp]

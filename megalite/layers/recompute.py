@@ -1,8 +1,10 @@
-"""Activation checkpointing: what a block keeps for backward, and what it computes again (arXiv:1604.06174)."""
+"""What a block keeps for backward: it may compute it again (arXiv:1604.06174), or keep it in the host's memory."""
 
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # Results that cost a matrix product to get again. Everything else of a block (norms, RoPE, SwiGLU) is cheap.
@@ -21,13 +23,49 @@ _KEEP = {
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op.name() in _KEEP
+    if op.name() == "aten::bmm":  # [b, m, k] x [b, k, n]
+        (_, m, k), n = args[0].shape, args[1].shape[-1]
+        # Attention's scores, of which there are s^2: that product is computed again from its short factors.
+        keep = m * n <= k * (m + n)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute(mode: str, block, *args):
-    """block(*args) under `mode`: none (keep all), selective (keep matmul outputs), full (keep the inputs alone)."""
+    """block(*args) under `mode`, which changes no result.
+
+    none: keep all. selective: keep matmul outputs, but for the scores of attention that has them. full: keep the
+    inputs alone. offload: keep all in the host's memory (pinned, where the block runs on a GPU), except parameters and
+    what args[1:] hold, which other blocks hold too.
+    """
     if mode == "none" or not torch.is_grad_enabled():
         return block(*args)
+    if mode == "offload":
+        with _on_host(*args[1:]):
+            return block(*args)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
     # There is no dropout to replay, and saving the RNG state costs a device synchronisation per block.
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _on_host(*shared) -> saved_tensors_hooks:
+    """As torch's save_on_cpu, which would move parameters too, and once a block what all blocks share."""
+    stays = {tensor.data_ptr() for tensor in shared if isinstance(tensor, Tensor)}
+
+    def pack(tensor: Tensor):
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.data_ptr() in stays:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True), tensor.device, tensor.stride()
+
+    def unpack(packed) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        host, device, stride = packed
+        tensor = host.to(device, non_blocking=True)
+        if tensor.stride() == stride or 0 in stride:
+            return tensor
+        # A slice of something larger went without what it was a slice of. In another layout, sums have another order.
+        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device).copy_(tensor)
+
+    return saved_tensors_hooks(pack, unpack)

@@ -55,7 +55,7 @@ def predict_memory(
     sequence: int,
     recompute: str,
 ) -> dict[str, float]:
-    """Predicted peak bytes on one device: {"states", "activations", "total"}.
+    """Predicted peak bytes on one device: {"states", "activations", "total"}, and "host": activations moved there.
 
     States: ZeRO (arXiv:1910.02054, section 3), with fp32 gradient accumulation. Activations: what autograd keeps of
     each block, counted in the layers' own operators, and the fp32 logits of the loss. Allocator slack and
@@ -74,8 +74,16 @@ def predict_memory(
     kv = model.kv_heads * d
     matmuls = heads + 2 * kv + heads + h + 2 * f + h  # qkv, attention, output, gate_up, down
     cheap = 2 * h + heads + kv + 2 * f + 2 * h  # norms, RoPE, SwiGLU, residual sums
-    kept = {"none": matmuls + cheap, "selective": matmuls + h, "full": h}[recompute]
+    if model.attention == "softmax":
+        cheap += model.num_heads * sequence  # the probabilities
+    kept = {"none": matmuls + cheap, "selective": matmuls + h, "full": h, "offload": 0}[recompute]
     working = matmuls + cheap if recompute != "none" else 0
     logits = model.padded_vocab_size * (act + 8)  # the logits, their probabilities and gradient in fp32
     activations = tokens * (act * (kept * model.num_layers + working) + logits)
-    return {"states": states, "activations": float(activations), "total": states + activations}
+    host = tokens * act * (matmuls + cheap) * model.num_layers if recompute == "offload" else 0
+    return {
+        "states": states,
+        "activations": float(activations),
+        "total": states + activations,
+        "host": float(host),
+    }

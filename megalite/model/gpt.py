@@ -4,13 +4,14 @@ Shapes: s sequence, b batch, h hidden, p prefix vectors, v padded vocabulary. Be
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megalite.comms.collectives import Group
 from megalite.config import ModelConfig
-from megalite.layers.attention import Attention, KVCache, Segments, document_segments
+from megalite.layers.attention import Attention, KVCache, Segments, document_segments, row_segments
 from megalite.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalite.layers.loss import language_model_loss
 from megalite.layers.mlp import MLP
@@ -25,6 +26,7 @@ class Block(nn.Module):
 
     def __init__(self, name: str, model: ModelConfig, init: InitSpec, group: Group):
         super().__init__()
+        self.activation_checkpointing = "none"  # its own: see Stage.compile_blocks
         # The residual stream adds 2 * num_layers outputs; scaling each keeps its variance (GPT-2, section 2.3).
         output_std = init.std / math.sqrt(2 * model.num_layers)
         self.attention_norm = RMSNorm(f"{name}.attention_norm", model.hidden_size, model.norm_eps, init)
@@ -39,6 +41,7 @@ class Block(nn.Module):
             init,
             output_std,
             group,
+            model.attention,
         )
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", model.hidden_size, model.norm_eps, init)
         self.mlp = MLP(f"{name}.mlp", model.hidden_size, model.ffn_size, init, output_std, group)
@@ -46,8 +49,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, segments: Segments | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, segments)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), cos, sin, cache, segments)
+        normed, x = self.mlp_norm(attended, residual=x)
+        return x + self.mlp(normed)
+
+    def recomputed(self, *args) -> Tensor:
+        """`forward` under the block's own mode of `recompute`."""
+        return recompute(self.activation_checkpointing, partial(Block.forward, self), *args)
 
 
 class Stage(nn.Module):
@@ -76,6 +84,18 @@ class Stage(nn.Module):
         self.final_norm = RMSNorm("final_norm", model.hidden_size, model.norm_eps, init)
         tied = self.embedding.weight if model.tie_embeddings else None
         self.head = VocabParallelHead("head", *vocabulary, weight=tied)
+
+    def compile_blocks(self, backend: str) -> None:
+        """Have torch.compile compile the blocks, each by itself: they are alike, so one graph serves all of them.
+
+        What is computed again goes into the graph, where the compiler plans it together with the backward.
+        """
+        inside = "none"
+        if self.activation_checkpointing != "offload":  # which handles what the graphs hand over
+            inside, self.activation_checkpointing = self.activation_checkpointing, "none"
+        for block in self.blocks:
+            block.activation_checkpointing = inside
+            block.forward = torch.compile(block.recomputed, backend=backend, dynamic=False)
 
     def forward(
         self,
@@ -126,15 +146,19 @@ class Stage(nn.Module):
 
         cos, sin = rope_angles(positions, self.model.head_size, self.model.rope_theta)
         segments = None
-        if documents is not None:
-            device = hidden.device.type
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-            segments = document_segments(documents, p, autocast, self.model.head_size)
+        path, head_size, device = self.model.attention, self.model.head_size, hidden.device
+        if documents is not None or (path == "varlen" and not caches):
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+            if documents is not None:
+                segments = document_segments(documents, p, dtype, head_size, path)
+            else:
+                segments = row_segments(b, p + s, device, dtype, head_size)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
             hidden = recompute(self.activation_checkpointing, block, hidden, cos, sin, cache, segments)
-        logits = self.head(self.final_norm(hidden[p:]))  # [s, b, v/tp]
+        hidden = self.final_norm(hidden[p:])
         if labels is None:
-            return logits
+            return self.head(hidden)  # [s, b, v/tp]
         z_loss = self.z_loss if self.training else 0.0  # evaluation reports plain cross-entropy
-        return language_model_loss(logits, labels, loss_mask, z_loss, self.group)
+        return language_model_loss(self.head, hidden, labels, loss_mask, z_loss, self.model.fused_loss)

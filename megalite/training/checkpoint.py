@@ -102,7 +102,7 @@ def _write_shards(
             contents: dict[str, dict[str, Tensor]] = {model_file: {}, optimizer_file: {}}
             for name in names:
                 index[name] = [list(shapes[name]), model_file, optimizer_file]
-                for key in ("weight", *MOMENTS):
+                for key in ("weight", *engine.moments[name]):
                     tensor = engine.gather(name, key)
                     if mine:
                         file, entry = (model_file, name) if key == "weight" else (optimizer_file, f"{name}.{key}")
@@ -241,6 +241,7 @@ def find_resume(config: Config, topology: Topology) -> tuple[Checkpoint | None, 
         return None, None
     found = topology.together(Checkpoint, path)
     topology.together(check_same_model, found, config.model)
+    topology.together(check_same_optimizer, found, config.training.optimizer)
     return found, branched_from or found.state.get("branched_from")
 
 
@@ -258,9 +259,18 @@ def check_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
         )
 
 
+def check_same_optimizer(checkpoint: Checkpoint, optimizer: str) -> None:
+    """Refuse, with a ConfigError, to go on with an optimizer that keeps other moments."""
+    if checkpoint.optimizer != optimizer:
+        raise ConfigError(
+            f"training.optimizer: {checkpoint.folder} was trained with {checkpoint.optimizer}, not {optimizer}; set it"
+            " to that, or start afresh with --no-resume"
+        )
+
+
 def _identity(model: ModelConfig) -> dict[str, Any]:
     effective = {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "intermediate_size": model.ffn_size}
-    return model.model_dump(exclude={"init_std", "n_positions"}) | effective
+    return model.model_dump(exclude={"init_std", "n_positions", "attention", "kernels", "fused_loss"}) | effective
 
 
 def load(checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
@@ -269,6 +279,6 @@ def load(checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
     topology.together(checkpoint.verify, topology.rank, topology.world_size)
     engine.begin_load(checkpoint.state["adam_step"])
     for name in engine.parameters:
-        engine.load_state(name, checkpoint.tensors(name))
+        engine.load_state(name, checkpoint.tensors(name, engine.moments[name]))
     engine.end_load()
     engine.load_loss_scale_state(checkpoint.state["loss_scale"])

@@ -2,7 +2,7 @@
 
 A folder step-N holds
     model-K.safetensors        fp32 weights
-    optimizer-K.safetensors    NAME.exp_avg and NAME.exp_avg_sq, fp32
+    optimizer-K.safetensors    NAME.exp_avg and NAME.exp_avg_sq, or NAME.momentum of what Muon trains, fp32
     index.json                 {parameter name: [shape, model file, optimizer file]}
     state.json                 step, Adam's step, tokens, data position, loss scale: all that the curve depends on
     config.json, tokenizer/    what trained it
@@ -51,7 +51,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 class Checkpoint:
-    """A checkpoint folder opened for reading: its manifest (`files`), `index`, `state` and `model` configuration.
+    """A checkpoint folder opened for reading: its manifest (`files`), `index`, `state`, `model` and `optimizer`.
 
     Raises UserError naming the file where one is missing, has another size, or is not what it should be.
     """
@@ -84,8 +84,11 @@ class Checkpoint:
         if not _is_state(self.state):
             raise self._broken("state.json", "does not give the step, the tokens and the position in the data")
         # The other sections tell how it was trained. Read no further, so that a key renamed there spoils no checkpoint.
+        config = self._read_object("config.json")
+        training = config.get("training")
+        self.optimizer = training.get("optimizer", "adamw") if isinstance(training, dict) else "adamw"
         try:
-            self.model = ModelConfig.model_validate(self._read_object("config.json").get("model"))
+            self.model = ModelConfig.model_validate(config.get("model"))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, ("model", *first["loc"])))
@@ -109,12 +112,12 @@ class Checkpoint:
         for name, (_, model_file, _) in self.index.items():
             yield name, self._tensor(model_file, name)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """A parameter's weight and moments: {"weight", "exp_avg", "exp_avg_sq"}."""
+    def tensors(self, name: str, moments: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
+        """A parameter's weight and moments: {"weight", and each of `moments`}."""
         _, model_file, optimizer_file = self.index[name]
         return {
             "weight": self._tensor(model_file, name),
-            **{key: self._tensor(optimizer_file, f"{name}.{key}") for key in MOMENTS},
+            **{key: self._tensor(optimizer_file, f"{name}.{key}") for key in moments},
         }
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:

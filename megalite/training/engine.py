@@ -6,6 +6,7 @@ which backward is the step's last. That leans on names that are not public, so t
 """
 
 import contextlib
+import importlib.util
 import logging
 import math
 import sys
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config
+from megalite.config import Config, TrainingConfig
 from megalite.data.batch import Batch
 from megalite.errors import ConfigError
 from megalite.topology import Topology
+from megalite.training import muon
 from megalite.training.checkpoint_reader import MOMENTS
 
 with warnings.catch_warnings():
@@ -32,9 +34,11 @@ with warnings.catch_warnings():
         safe_set_full_optimizer_state,
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
+        set_z3_leaf_module,
     )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILER = "inductor"  # the backend of torch.compile
 
 
 class _Root(nn.Module):
@@ -55,7 +59,7 @@ class Engine:
     """The model, its optimizer and ZeRO; `stage` is the module that the schedule calls.
 
     build_stage() makes the model with fp32 parameters that carry `global_name`. ds_config: the user's DeepSpeed
-    settings; what MegaLite decides is added here. Precision and ZeRO must go together (`check_precision`).
+    settings; what MegaLite decides is added here. What must go together, `check_training` knows.
     """
 
     def __init__(
@@ -99,6 +103,12 @@ class Engine:
                 stage = build_stage()
         else:
             stage = build_stage().to(self.device)
+        if training.compile == "blocks":
+            stage.compile_blocks(COMPILER)
+            if self.zero_stage == 3:
+                # A block's parameters are gathered when it begins, all at once: hooks inside would break its graph.
+                for block in stage.blocks:
+                    set_z3_leaf_module(block, True)
         self.stage = stage
         root = _Root(stage)
         self.parameters = {p.global_name: p for p in root.parameters()}
@@ -107,13 +117,9 @@ class Engine:
             # rank, a replica only by the first. (Megatron's usual marks count replicas wrongly here.)
             parameter.model_parallel = parameter.tp_dim is not None or topology.tensor_rank == 0
 
-        optimizer = torch.optim.AdamW(
-            decay_groups(self.parameters, training.weight_decay),
-            lr=training.learning_rate,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_eps,
-            fused=True,
-        )
+        optimizer = make_optimizer(self.parameters, training)
+        matrices = muon.split(self.parameters)[0] if training.optimizer == "muon" else {}
+        self.moments = {name: muon.MOMENTS if name in matrices else MOMENTS for name in self.parameters}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=root, optimizer=optimizer, config=settings, mpu=topology
         )
@@ -189,8 +195,7 @@ class Engine:
     @property
     def adam_step(self) -> int:
         """How many steps were applied: skipped ones (fp16) do not count in Adam's bias correction."""
-        state = next(iter(self.adam.state.values()), {})
-        return int(state["step"]) if "step" in state else 0
+        return next((int(state["step"]) for state in self.adam.state.values() if "step" in state), 0)
 
     def begin_gather(self) -> None:
         """Before a series of `gather`: make sure that every parameter has moments to give."""
@@ -199,7 +204,7 @@ class Engine:
         self._link_moments()
 
     def gather(self, name: str, key: str) -> Tensor:
-        """A parameter's full fp32 "weight", "exp_avg" or "exp_avg_sq". Collective over the data-parallel group.
+        """A parameter's full fp32 "weight", or one of its `moments`. Collective over the data-parallel group.
 
         Between `begin_gather` and the next step. At ZeRO-0 this is the tensor itself, not a copy.
         """
@@ -211,20 +216,22 @@ class Engine:
 
     def begin_load(self, step: int) -> None:
         """Before a series of `load_state`: make the moments, zero, as after `step` applied steps."""
-        masters = self._flat_masters() if self.zero_stage else list(self.parameters.values())
-        for flat in masters:
-            self.adam.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
+        if self.zero_stage:
+            masters = [(flat, MOMENTS) for flat in self._flat_masters()]
+        else:
+            masters = [(parameter, self.moments[name]) for name, parameter in self.parameters.items()]
+        for master, moments in masters:
+            self.adam.state[master] = {key: torch.zeros_like(master) for key in moments}
+            if moments == MOMENTS:
+                self.adam.state[master]["step"] = torch.tensor(float(step), device=master.device)
         self._link_moments()
 
     def load_state(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `gather`: {"weight", "exp_avg", "exp_avg_sq"}, full tensors on every rank."""
+        """The inverse of `gather`: {"weight", and each of its `moments`}, full tensors on every rank."""
         parameter = self.parameters[name]
         if self.zero_stage == 0:
             parameter.data.copy_(tensors["weight"])
-            for key in MOMENTS:
+            for key in self.moments[name]:
                 self.adam.state[parameter][key].copy_(tensors[key])
         elif self.zero_stage in (1, 2):
             safe_set_full_fp32_param(parameter, tensors["weight"])
@@ -284,12 +291,69 @@ def zero_stage(ds_config: dict) -> int:
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_precision(precision: str, zero_stage: int, device: str) -> None:
-    """Refuse, with a ConfigError, fp16 where nothing scales the loss."""
+def check_training(config: Config, zero_stage: int, device: str) -> None:
+    """Refuse, with a ConfigError, what does not go together on this type of device under this stage of ZeRO."""
+    training = config.training
+    _check_precision(training.precision, zero_stage, device)
+    if training.optimizer == "muon" and zero_stage:
+        raise ConfigError(
+            f"training.optimizer: muon works on whole matrices, of which ZeRO-{zero_stage} gives each rank a part;"
+            " add --zero 0, or take adamw"
+        )
+    if training.compile == "none":
+        return
+    if config.data.mask_documents and config.model.attention not in ("sdpa", "softmax"):
+        raise ConfigError(
+            f"training.compile: with data.mask_documents and model.attention {config.model.attention} each batch would"
+            " be compiled anew, as its documents have other lengths; set model.attention to sdpa, or compile to none"
+        )
+    if problem := _no_compiler(device):
+        raise ConfigError(f"training.compile: blocks needs {problem}, or set it to none")
+
+
+def _no_compiler(device: str) -> str | None:
+    """What torch.compile lacks here, and how to get it; None if nothing."""
+    if COMPILER != "inductor":
+        return None
+    if device == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton, which is not installed: pip install triton"
+    # Only now: this takes seconds.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler, and found none: install g++"
+    return None
+
+
+def _check_precision(precision: str, zero_stage: int, device: str) -> None:
     if precision == "fp16" and device == "cpu":
         raise ConfigError("training.precision: fp16 needs a GPU; use fp32 or bf16 here")
     if precision == "fp16" and zero_stage == 0:
         raise ConfigError("training.precision: fp16 needs ZeRO 1 to 3, whose optimizers scale the loss; add --zero 1")
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest."""
+    options = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_eps,
+    }
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(decay_groups(parameters, training.weight_decay), fused=True, **options)
+    matrices, rest = muon.split(parameters)
+    return muon.MuonAdamW(
+        matrices.values(),
+        decay_groups(rest, training.weight_decay),
+        weight_decay=training.weight_decay,
+        momentum=training.muon_momentum,
+        scale=training.muon_scale,
+        steps=training.muon_steps,
+        **options,
+    )
 
 
 def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:

@@ -62,7 +62,8 @@ def banner(
             *(_blend(sources.blend, samples) if sources.blend else []),
             *_dropped([each for each in (sources.train, *sources.validation.values()) if not isinstance(each, list)]),
             f"memory    about {memory['total'] / 2**30:.2f} GiB a device predicted: {memory['states'] / 2**30:.2f}"
-            f" weights, gradients and optimizer, {memory['activations'] / 2**30:.2f} activations",
+            f" weights, gradients and optimizer, {memory['activations'] / 2**30:.2f} activations"
+            + (f"; on the host {memory['host'] / 2**30:.2f} of activations" if memory["host"] else ""),
             f"writes    {config.checkpoint.output_dir} (checkpoints), {run_dir} (metrics)",
         ]
     )

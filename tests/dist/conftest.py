@@ -114,8 +114,8 @@ def run(command: list[str], timeout: float = 180, accelerator: str = "cpu") -> F
 
 
 def environment(accelerator: str = "cpu") -> dict[str, str]:
-    """No launcher's variables of an outer run, and one thread a rank."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """No launcher's variables of an outer run, kernels as a user gets them, and one thread a rank."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator}
 

@@ -84,6 +84,12 @@ def test_two_ranks_that_gather_every_parameter_equal_one(job, one_rank, gathered
     assert_same_curve(metrics, one_rank, RELATIVE)
 
 
+def test_fused_loss_with_every_parameter_gathered(job, one_rank, gathered):
+    """The head's weight, which is the embedding's too, is freed after its forward."""
+    fused = job.train("two-fused", "--deepspeed", gathered, "--fused-loss", launcher="deepspeed", ranks=2)
+    assert_same_curve(fused, one_rank, RELATIVE)
+
+
 def test_torchrun_with_three_ranks(job):
     """Three ranks: parameters that do not divide are padded, in ZeRO-3's partitions and when they are saved."""
     batch = ("--global-batch-size", "12", "--max-steps", "6")

@@ -36,6 +36,9 @@ CASES = {
     "selective": {"checkpointing": "selective"},
     "full": {"checkpointing": "full"},
     "prefix": {"prefix": 3},
+    "fused loss": {"fused_loss": True},
+    "fused loss, padding on rank 1": {"fused_loss": True, "vocab_size": 50, "tie_embeddings": False},
+    "fused loss, padding is all of rank 1": {"fused_loss": True, "vocab_size": 20},
 }
 
 
@@ -112,9 +115,26 @@ def test_what_is_replicated_has_the_same_gradient_to_the_bit(ranks, case):
     assert torch.equal(first["loss"], second["loss"])
 
 
-# Cross-entropy over a split vocabulary
+def test_the_fused_loss_is_the_loss_of_the_logits():
+    """In one process; above it is compared with itself."""
+    for case in ("tied", "padding on rank 1", "padding is all of rank 1"):
+        want, got = (loss_and_gradients(CASES[case] | fused, None) for fused in ({}, {"fused_loss": True}))
+        torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-6, atol=0)
+        for name, gradient in want["gradients"].items():
+            torch.testing.assert_close(
+                got["gradients"][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item()
+            )
+
+
+# Cross-entropy over a split vocabulary, from logits and from hidden
 
 VOCABULARY, VALID = 24, 17  # rank 1 holds ids 12 .. 23, and 17 .. 23 are padding
+LOSSES = {
+    "plain": {},
+    "z-loss": {"z_loss": 0.01},
+    "smoothed": {"label_smoothing": 0.1},
+    "all": {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 5.0},
+}
 
 
 def logits_and_targets() -> tuple[Tensor, Tensor, Tensor]:
@@ -127,34 +147,78 @@ def logits_and_targets() -> tuple[Tensor, Tensor, Tensor]:
     return logits, targets, torch.rand(10, generator=generator)
 
 
-def split_cross_entropy(dtype: torch.dtype) -> list[list[Tensor]]:
+def hidden_and_weight() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(10, 8, generator=generator), torch.randn(VOCABULARY, 8, generator=generator)
+
+
+def split_losses(dtype: torch.dtype) -> dict[str, list[list[Tensor]]]:
+    """By options: [loss, gradient, loss of the whole logits]; then the linear form by both kinds of backward."""
     logits, targets, upstream = logits_and_targets()
-    local = logits.to(dtype).chunk(TP, -1)[dist.get_rank()].clone().requires_grad_()
-    results = []
-    for z_loss in (0.0, 0.01):
-        loss = kernels.cross_entropy(local, targets, group=dist.group.WORLD, z_loss=z_loss)
+    group, rank = dist.group.WORLD, dist.get_rank()
+    results = {}
+    for name, options in LOSSES.items():
+        local = logits.to(dtype).chunk(TP, -1)[rank].clone().requires_grad_()
+        loss = kernels.cross_entropy(local, targets, group=group, **options)
         (gradient,) = torch.autograd.grad(loss, local, upstream)
-        results.append([loss.detach(), gradient])
+        parts = [torch.empty_like(local) for _ in range(TP)]
+        dist.all_gather(parts, local.detach())
+        whole = kernels.cross_entropy(torch.cat(parts, -1), targets, **options)
+        results[name] = [[loss.detach(), gradient, whole]]
+
+        hidden, weight = (x.to(dtype) for x in hidden_and_weight())
+        hidden, local = hidden.requires_grad_(), weight.chunk(TP)[rank].clone().requires_grad_()
+        for each in (upstream, upstream[0].expand(10)):
+            loss = kernels.linear_cross_entropy(
+                hidden, local, targets, group=group, vocab_size=VALID, chunk_tokens=4, **options
+            )
+            results[name].append([loss.detach(), *torch.autograd.grad(loss, (hidden, local), each)])
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_of_a_split_vocabulary(dtype):
+@pytest.fixture(scope="module")
+def split() -> dict[torch.dtype, list[dict]]:
+    return {dtype: run_ranks(split_losses, TP, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+# fp32: the softmax's sum is made of two. In bf16 the gradient may then round to a neighbour (2^-8).
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_cross_entropy_of_a_split_vocabulary(split, dtype, name):
     logits, targets, upstream = logits_and_targets()
     full = logits.to(dtype).requires_grad_()
-    ranks = run_ranks(split_cross_entropy, TP, dtype)
-    for i, z_loss in enumerate((0.0, 0.01)):
-        want = kernels.cross_entropy(full, targets, z_loss=z_loss)
-        (gradient,) = torch.autograd.grad(want, full, upstream)
-        for rank in range(TP):
-            loss, part = ranks[rank][i]
-            assert part.dtype == dtype
-            # The softmax's sum is made of two; its fp32 rounding may then round to a neighbour in bf16 (2^-8).
-            torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(
-                part, gradient.chunk(TP, -1)[rank], rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6
-            )
-        assert torch.equal(ranks[1][i][1][:, VALID - 12 :], torch.zeros(10, VOCABULARY - VALID, dtype=dtype))
+    want = kernels.cross_entropy(full, targets, **LOSSES[name])
+    (gradient,) = torch.autograd.grad(want, full, upstream)
+    for rank in range(TP):
+        loss, part, whole = split[dtype][rank][name][0]
+        assert part.dtype == dtype
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+        # Of gathered logits, Megatron-LM's was off by log(TP) (issue 7452).
+        assert torch.equal(whole, want.detach())
+        torch.testing.assert_close(part, gradient.chunk(TP, -1)[rank], rtol=NEAR[dtype], atol=1e-6)
+    padding = split[dtype][1][name][0][1][:, VALID - 12 :]
+    assert torch.equal(padding, torch.zeros(10, VOCABULARY - VALID, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_linear_cross_entropy_of_a_split_vocabulary(split, dtype, name):
+    """Hidden's gradient is each rank's part of the sum."""
+    _, targets, upstream = logits_and_targets()
+    hidden, weight = (x.to(dtype).requires_grad_() for x in hidden_and_weight())
+    for i, each in enumerate((upstream, upstream[0].expand(10)), 1):
+        want = kernels.linear_cross_entropy(hidden, weight, targets, vocab_size=VALID, **LOSSES[name])
+        want_hidden, want_weight = torch.autograd.grad(want, (hidden, weight), each)
+        losses, of_hidden, of_weight = zip(*(split[dtype][rank][name][i] for rank in range(TP)), strict=True)
+        assert torch.equal(losses[0], losses[1])
+        torch.testing.assert_close(losses[0], want.detach(), rtol=1e-5, atol=1e-5)
+        for got, expected in ((sum(of_hidden), want_hidden), (torch.cat(of_weight), want_weight)):
+            # Each part is rounded by itself, to its own size.
+            torch.testing.assert_close(got, expected, rtol=NEAR[dtype], atol=NEAR[dtype] * expected.abs().max().item())
+        assert not of_weight[1][VALID - 12 :].any()
 
 
 # The harness: a broken rank must not cost more than its message

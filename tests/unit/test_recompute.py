@@ -7,7 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.tiny_model import CHECKPOINTING, loss_and_gradients, make_batch, make_stage
+from megalite.layers.recompute import recompute
+from megalite.model.flops import predict_memory
+from tests.unit.tiny_model import CHECKPOINTING, loss_and_gradients, make_batch, make_model, make_stage
 
 
 class CountOperators(TorchDispatchMode):
@@ -42,7 +44,7 @@ EVERY_ATTENTION = pytest.mark.parametrize(
 def test_recomputation_changes_no_bit(options, attentions):
     batch = make_batch()
     loss, gradients = loss_and_gradients(make_stage(**RECOMPUTED), *batch, **options)
-    for mode in CHECKPOINTING[1:]:
+    for mode in (*CHECKPOINTING[1:], "offload"):
         stage = make_stage(activation_checkpointing=mode, **RECOMPUTED)
         other_loss, other = loss_and_gradients(stage, *batch, **options)
         assert torch.equal(other_loss, loss)
@@ -90,6 +92,99 @@ def test_recomputation_keeps_less():
     assert kept["full"] < kept["selective"] < kept["none"]
     # A block keeps far more than twenty such tensors' worth without, and one, its input, with full recomputation.
     assert kept["none"] - kept["full"] > 3 * 10 * hidden
+
+
+class CountCopies(TorchDispatchMode):
+    """Where the memory begins that is copied from, and how many bytes are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources: set[int] = set()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.copy_:
+            self.sources.add(args[1].untyped_storage().data_ptr())
+            self.bytes += args[1].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def test_offload_moves_what_backward_needs_and_no_more():
+    """Not the parameters, nor the angles and masks that all blocks share; nothing where there is no backward."""
+    tokens, labels, mask = make_batch(b=4, s=32)
+    options = {"documents": torch.arange(2).repeat_interleave(16).expand(4, 32)}
+    hidden = 4 * 32 * 32 * 4  # [s, b, h] in fp32
+    for path in ("sdpa", "softmax"):  # with a mask
+        stage = make_stage(activation_checkpointing="offload", attention=path, **RECOMPUTED)
+        shared = []
+        stage.blocks[0].register_forward_pre_hook(
+            lambda block, args, shared=shared: shared.extend(x for x in args[1:] if isinstance(x, torch.Tensor))
+        )
+        with CountCopies() as copies:
+            stage(tokens, None, labels, mask, **options)
+        assert len(shared) == 3
+        stay = {x.untyped_storage().data_ptr() for x in (*shared, *stage.parameters())}
+        assert not copies.sources & stay
+        assert copies.bytes > 3 * 10 * hidden
+        with CountCopies() as copies, torch.no_grad():
+            stage(tokens, None, labels, mask, **options)
+        assert not copies.bytes
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice", "every second", "expanded"])
+def test_offload_keeps_values_and_layout(layout):
+    """In another layout sums would have another order. Of a number that stands for many, many are made."""
+    x = torch.randn(6, 8)
+    x = {"transposed": x.t(), "slice": x[:, 2:5], "every second": x[:, ::2], "expanded": x[:1].expand(6, 8)}[layout]
+    x = x.detach()
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, upstream):
+            seen.append(ctx.saved_tensors[0])
+            return upstream * 2
+
+    recompute("offload", Double.apply, x.requires_grad_()).sum().backward()
+    assert torch.equal(seen[0], x)
+    assert seen[0].stride() == (x.stride() if layout != "expanded" else (8, 1))
+    assert seen[0].data_ptr() != x.data_ptr()
+
+
+def test_offload_is_predicted():
+    """On the device one block's, on the host all blocks' activations."""
+    options = {"zero_stage": 1, "offload": False, "data_parallel": 1, "low_precision": True, "micro_batch": 2}
+    none, full, offload = (
+        predict_memory(make_model(**RECOMPUTED), **options, sequence=16, recompute=mode)
+        for mode in ("none", "full", "offload")
+    )
+    assert none["host"] == full["host"] == 0
+    assert offload["activations"] < full["activations"]
+    logits = 2 * 16 * 61 * (2 + 8)
+    assert offload["host"] == none["activations"] - logits == 3 * (offload["activations"] - logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_offload_frees_the_gpu():
+    batch = [x.cuda() for x in make_batch(b=8, s=32)]
+    held, results = {}, {}
+    for mode in ("none", "offload"):
+        stage = make_stage(activation_checkpointing=mode, **RECOMPUTED).cuda()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = stage(batch[0], None, *batch[1:])
+        held[mode] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        results[mode] = [loss, *(p.grad for p in stage.parameters())]
+    assert held["offload"] < held["none"] / 3
+    for got, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_bf16_autocast_trains():
