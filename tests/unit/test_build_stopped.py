@@ -289,6 +289,7 @@ def test_an_interrupted_run_says_how_to_go_on(tokenizer_dir, tasks):
     run = tool(
         *("--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x", "--encoder", "memo"),
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     journal = Path("out/x.building/journal")
     while not journal.exists() or journal.read_bytes().count(b"\n") < tasks:
