@@ -94,7 +94,6 @@ class Build:
     outputs: list[Output]
     split: Split | None
     shuffle_seed: int | None
-    max_documents: int | None
     max_reject_fraction: float
     workers: int
     show: bool
@@ -275,7 +274,7 @@ def assemble(build: Build, entries: list[dict]) -> list[BuildSummary]:
         for key in range(len(job.json_keys)):
             mine = [PairWriter(output.prefix, dtype) for output in outputs if output.key == key]
             pairs += mine
-            shards = Shards(folder.path, key, entries, build.max_documents)
+            shards = Shards(folder.path, key, entries, build.job.max_documents)
             if build.shuffle_seed is None:
                 write_in_order(shards, mine, build.split, advance)
             else:

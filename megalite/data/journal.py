@@ -182,14 +182,15 @@ class WorkFolder:
         discard: begin anew where the plan or an input has changed, instead of raising `UserError` with what changed.
         """
         number_of_parts = {task.number: len(task.parts) for task in tasks}
+        found = self._read_entries()
         entries = {
             number: entry
-            for number, entry in self._read_entries().items()
+            for number, entry in found.items()
             if number_of_parts.get(number) == len(entry["parts"])
             and len(entry["shards"]) == len(plan["options"]["json_keys"])
         }
         before = self._read_plan()
-        if before is not None and self.has_work:
+        if before is not None and found:
             changed = describe_changes(before, plan) or self._changed_inputs(entries, tasks, threads)
             if changed and not discard:
                 raise UserError(

@@ -7,9 +7,7 @@ stream of documents, each with EOD behind it, and what comes next in it is a fun
 import codecs
 import contextlib
 import multiprocessing
-import os
 import queue
-import signal
 import threading
 import traceback
 from bisect import bisect_right
@@ -23,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megalite.data.children import begin_child, deaf_to_interrupts
 from megalite.data.documents import BOM, Part, PartReader, Reject, divisible, first_line
 from megalite.data.encoders import open_encoder, pieces
 from megalite.data.indexed import token_dtype
@@ -288,12 +287,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, corpus, lanes), daemon=True)
-        # Ctrl-C reaches the whole group, and this process alone answers it: the worker inherits that SIGINT is blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with deaf_to_interrupts():
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
         self._asked: queue.SimpleQueue[Future[Block] | None] = queue.SimpleQueue()
         # What the worker sends must be taken at once, or it could not go on with the next block.
@@ -335,8 +330,7 @@ class Worker:
 
 
 def _serve(connection: Connection, corpus: Corpus, lanes: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    begin_child()
 
     @cache
     def open_reader() -> BlockReader:
@@ -353,9 +347,3 @@ def _serve(connection: Connection, corpus: Corpus, lanes: int) -> None:
     with contextlib.suppress(EOFError, OSError):  # when the parent is gone
         while True:
             connection.send(answer(*connection.recv()))
-
-
-def _die_with_parent() -> None:
-    """Also while a fork of the parent holds the connection open, or this process is busy."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -110,7 +110,6 @@ def build_indexed(
             _outputs(str(output_prefix), tokenizer, tuple(json_keys), split, options),
             None if split is None else Split(split, seed),
             shuffle_seed,
-            max_documents,
             max_reject_fraction,
             workers,
             progress,
@@ -265,7 +264,7 @@ def _hash_inputs(build: Build, recorded: list[dict]) -> list[dict]:
 
 def _tokenize(build: Build, entries: dict[int, dict]) -> list[dict]:
     """Do what is not in `entries`, and journal it; returns the entries of all tasks that are needed, in order."""
-    tasks, limit = build.tasks, build.max_documents
+    tasks, limit = build.tasks, build.job.max_documents
     total = sum(part.end - part.start for task in tasks for part in task.parts)
     start = sum(entry["input_bytes"] for entry in entries.values())
     report = Progress("tokenizing", total, start=start, show=build.show)

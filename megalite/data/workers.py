@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megalite.data.children import begin_child, deaf_to_interrupts
 from megalite.data.documents import PartReader, Piece, Reject, first_line
 from megalite.data.encoders import Encoder, open_encoder
 from megalite.data.indexed import staged, token_dtype
@@ -276,8 +275,7 @@ class Worker:
 
 def _start_worker(job: Job, counters: Any, slots: Any) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    begin_child()
     with slots.get_lock():
         slot = slots.value
         slots.value += 1
@@ -311,26 +309,14 @@ class _Failed:
         raise self.error
 
 
-def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()  # a killed parent leaves its workers waiting for work for ever
-    os._exit(1)
-
-
 def _run(task: Task) -> dict:
     return _worker(task)
 
 
 def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[dict]:
-    """Hand a task to the pool, which may start a worker for it.
-
-    Ctrl-C reaches the whole group, and the parent alone answers it: a worker inherits that SIGINT is blocked, and so is
-    deaf to it even while it still starts.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    """Hand a task to the pool, which may start a worker for it."""
+    with deaf_to_interrupts():
         return pool.submit(_run, task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_tasks(job: Job, tasks: Iterator[Task], workers: int, report: Report) -> Iterator[dict]:
