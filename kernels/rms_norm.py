@@ -189,6 +189,10 @@ def _backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tenso
     dw = r.new_empty(programs, h) if settings["WHOLE"] else r.new_zeros(programs, h)
     other = dy if dz is None else rows(dz)
     strides = dy.stride(0), other.stride(0), z.stride(0)
+    if settings["WHOLE"]:
+        # Two programs of up to 8 warps fill a multiprocessor's 64 K registers so, and no more of them are launched. The
+        # compiler, which does not know that, would spill registers to make room for a third.
+        settings["maxnreg"] = 128
     _backward_kernel[(programs,)](
         dy, other, z, weight.contiguous(), r, dx, dw, *strides, count, h, HAS_DZ=dz is not None, **settings
     )

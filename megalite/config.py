@@ -1,14 +1,13 @@
-"""The configuration: typed sections, and the cross-checks between them. Imports no torch.
+"""The configuration: typed sections. Imports no torch.
 
 Each field's description is its manual: `--help` is generated from this file. How values are read from YAML and the
-command line is in `config_loader.py`; precedence is defaults < YAML < command line.
+command line is in `config_loader.py`, what goes together in `config_check.py`; precedence is defaults < YAML < command
+line.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-
-from megalite.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,6 +45,9 @@ class ModelConfig(Section):
         "document by itself, in one call on a GPU (bf16 or fp16), in a call a document on the CPU; with a key/value "
         "cache it is sdpa. softmax: all probabilities are made, by our softmax. auto: varlen for documents where it "
         "can be, else sdpa.",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropped, in training, of the embedding and of what each attention and MLP adds."
     )
     tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weight.")
     init_std: Annotated[float, Field(gt=0)] = Field(
@@ -197,8 +199,35 @@ class TrainingConfig(Section):
 
 
 class ParallelConfig(Section):
-    tensor: PositiveInt = Field(1, description="Tensor-parallel size: ranks that share each layer (1 in this version).")
-    pipeline: PositiveInt = Field(1, description="Pipeline stages (1 in this version).")
+    """What is left of the ranks is data parallel."""
+
+    tensor: PositiveInt = Field(1, description="Tensor-parallel size: ranks that share each layer.")
+    sequence: bool = Field(
+        False,
+        description="Between the layers that tensor-parallel ranks share, each holds its part of the sequence "
+        "(sequence parallelism): less memory, the same traffic.",
+    )
+    context: PositiveInt = Field(1, description="Ranks that share each sequence (DeepSpeed-Ulysses), for long ones.")
+    pipeline: PositiveInt = Field(1, description="Pipeline stages: ranks that hold consecutive layers.")
+    virtual: PositiveInt = Field(
+        1, description="Parts of the model on each stage, in turns: a smaller bubble, more messages (interleaved)."
+    )
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved"] = Field(
+        "auto",
+        description="Order of the micro-batches' forwards and backwards on a stage. auto: interleaved where virtual is "
+        "above 1, else 1f1b. gpipe: all forwards first, with all their activations alive.",
+    )
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="Decoder layers of each of the pipeline * virtual parts, in the model's order; default: balanced "
+        "by FLOPs, the head counted.",
+    )
+
+    @property
+    def schedule_name(self) -> str:
+        if self.schedule == "auto":
+            return "interleaved" if self.virtual > 1 else "1f1b"
+        return self.schedule
 
 
 class CheckpointConfig(Section):
@@ -233,166 +262,3 @@ class Config(Section):
     deepspeed: str = Field(
         "ds_configs/zero1.json", description="DeepSpeed settings; --zero 0..3 picks ds_configs/zeroN.json."
     )
-
-
-def check(config: Config) -> None:
-    """Refuse combinations that cannot train, whatever the number of processes; one line each in a ConfigError."""
-    problems = [
-        *_model_problems(config),
-        *_length_problems(config),
-        *_parallel_problems(config),
-        *_data_problems(config),
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def check_schedule(training: TrainingConfig, max_steps: int) -> None:
-    """Refuse a schedule longer than the run: for max_steps that num_train_epochs and the data's size gave."""
-    problems = _schedule_problems(training, max_steps)
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def resolve_batch(config: Config, dp_size: int) -> tuple[int, int]:
-    """The step's (gradient_accumulation_steps, global_batch_size) on dp_size data-parallel ranks."""
-    training = config.training
-    accumulation, global_batch = training.gradient_accumulation_steps, training.global_batch_size
-    micro_batch = training.per_device_train_batch_size
-    unit = micro_batch * dp_size  # sequences in one micro-batch over all ranks
-    if global_batch is None:
-        accumulation = accumulation or 1
-        return accumulation, accumulation * unit
-    if accumulation is not None and global_batch != accumulation * unit:
-        raise ConfigError(
-            f"training.global_batch_size = {global_batch}, but training.per_device_train_batch_size * "
-            f"training.gradient_accumulation_steps * data-parallel size = {micro_batch} * {accumulation} * {dp_size} = "
-            f"{accumulation * unit}; give only one of global_batch_size and gradient_accumulation_steps"
-        )
-    if global_batch % unit:
-        below = global_batch // unit * unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        raise ConfigError(
-            f"training.global_batch_size = {global_batch} is not a multiple of training.per_device_train_batch_size * "
-            f"data-parallel size = {micro_batch} * {dp_size} = {unit}; set it to {nearest}, or change "
-            "per_device_train_batch_size"
-        )
-    return global_batch // unit, global_batch
-
-
-def _model_problems(config: Config) -> list[str]:
-    model, data = config.model, config.data
-    problems = []
-    if data.block_size > model.n_positions:
-        problems.append(
-            f"data.block_size = {data.block_size} is longer than model.n_positions = {model.n_positions}, the longest "
-            "context of the model; lower the one or raise the other"
-        )
-    if model.head_dim is None and model.hidden_size % model.num_heads:
-        problems.append(
-            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_heads = {model.num_heads}; "
-            "change one of them or set model.head_dim"
-        )
-    elif model.head_size % 2:
-        name = "model.head_dim" if model.head_dim else "model.hidden_size / model.num_heads"
-        problems.append(f"{name} = {model.head_size} is odd, but RoPE rotates pairs of dimensions; make it even")
-    if model.num_heads % model.kv_heads:
-        problems.append(
-            f"model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.kv_heads}, "
-            "but each key/value head serves as many query heads; change one of them"
-        )
-    return problems
-
-
-def _data_problems(config: Config) -> list[str]:
-    data = config.data
-    problems = []
-    if not data.train_files and not data.blend:
-        problems.append("data.train_files: nothing to train on; give --train-files PATH")
-    if data.train_files and data.blend:
-        problems.append(
-            "data.train_files and data.blend both say what to train on; give one, and [] for the other "
-            "(--train-files= empties it)"
-        )
-    if data.blend and config.training.num_train_epochs is not None:
-        problems.append(
-            f"training.num_train_epochs = {config.training.num_train_epochs:g} has no meaning with data.blend, whose "
-            "sources pass at different rates; give training.max_steps"
-        )
-    if data.format != "indexed" and data.blend:
-        problems.append(
-            f"data.format = {data.format} trains straight from data.train_files, not from data.blend; prepare the "
-            "blend's sources with tools/preprocess_data.py, or give train_files"
-        )
-    if data.format != "indexed" and config.training.num_train_epochs is not None:
-        problems.append(
-            f"training.num_train_epochs = {config.training.num_train_epochs:g} has no meaning with data.format = "
-            f"{data.format}, which does not know how many sequences there are; give training.max_steps"
-        )
-    seen: set[str] = set()
-    for prefix in (entry.prefix for entry in data.blend):
-        if prefix in seen:
-            problems.append(f"data.blend: {prefix} is given twice; give it once, with the sum of the weights")
-        seen.add(prefix)
-    problems += [
-        f"data.eval_files.{name}: no files; name some, or remove the set"
-        for name, files in data.eval_sets.items()
-        if not files
-    ]
-    return problems
-
-
-def _length_problems(config: Config) -> list[str]:
-    training = config.training
-    problems = []
-    steps, epochs = training.max_steps, training.num_train_epochs
-    if steps is None and epochs is None:
-        problems.append("training.max_steps, training.num_train_epochs: neither is set; give --max-steps N")
-    elif steps is not None and epochs is not None:
-        problems.append(
-            f"training.max_steps = {steps} and training.num_train_epochs = {epochs:g} both set the run's length; "
-            "give one, and null for the other"
-        )
-    if training.min_learning_rate > training.learning_rate:
-        problems.append(
-            f"training.min_learning_rate = {training.min_learning_rate:g} is above training.learning_rate = "
-            f"{training.learning_rate:g}, the peak; lower the one or raise the other"
-        )
-    if training.decay_steps is not None and training.lr_schedule != "wsd":
-        problems.append(
-            f"training.decay_steps = {training.decay_steps} has no meaning with training.lr_schedule = "
-            f"{training.lr_schedule}; set lr_schedule to wsd or decay_steps to null"
-        )
-    if steps is not None:
-        problems += _schedule_problems(training, steps)
-    return problems
-
-
-def _schedule_problems(training: TrainingConfig, max_steps: int) -> list[str]:
-    warmup, decay = training.warmup_steps, training.decay_steps
-    # A warm-up longer than the run is no mistake: a trial of a few steps of a real configuration has one.
-    if decay is not None and training.lr_schedule == "wsd" and warmup + decay > max_steps:
-        return [
-            f"training.warmup_steps + training.decay_steps = {warmup} + {decay} is more than training.max_steps = "
-            f"{max_steps}; lower one of the first two or raise max_steps"
-        ]
-    return []
-
-
-def _parallel_problems(config: Config) -> list[str]:
-    model, parallel = config.model, config.parallel
-    problems = [
-        f"parallel.{name} = {size}: this version runs with 1; remove it, or set it to 1"
-        for name, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline))
-        if size > 1
-    ]
-    for name, size in (
-        ("model.num_heads", model.num_heads),
-        ("model.vocab_size padded to model.vocab_multiple", model.padded_vocab_size),
-    ):
-        if size % parallel.tensor:
-            problems.append(
-                f"{name} = {size} is not divisible by parallel.tensor = {parallel.tensor}, "
-                "which gives each rank an equal share; change one of them"
-            )
-    return problems

@@ -166,7 +166,8 @@ def _parse_list(values: list[str], key: Key) -> Any:
         if any(named):
             plain = next(text for text, match in zip(values, named, strict=True) if not match)
             raise ConfigError(f"{show(plain)} has no name, but others have; give each as NAME=PATH, or none")
-    return values
+    texts = any(each.get("items", {}).get("type") == "string" for each in key.choices)
+    return values if texts else [parse_scalar(text) for text in values]
 
 
 def _validate(settings: dict[str, Setting], keys: dict[str, Key]) -> tuple[Config, list[str]]:

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # Threads that wait for each other at once sleep instead of spinning for long: where something else wants a core, a step
@@ -17,10 +18,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # As a script, this file's own folder stands first on the path, and its modules would pass for top-level ones.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megalite.config import Config, check, check_schedule, resolve_batch
+from megalite.config import Config
+from megalite.config_check import check, check_schedule, resolve_batch
 from megalite.config_ds import read_ds_config
 from megalite.config_loader import format_config, load_config
 from megalite.errors import ConfigError, run_main
+from megalite.model.partition import partition
+from megalite.pipeline.schedules import build
 
 
 def main() -> int:
@@ -30,6 +34,8 @@ def main() -> int:
         print(format_config(loaded), end="")
         return 0
     check(config)
+    parallel = config.parallel
+    layers = partition(config.model, parallel.pipeline * parallel.virtual, config.data.block_size, parallel.layers)
     ds_config = read_ds_config(config.deepspeed)
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.
@@ -37,39 +43,32 @@ def main() -> int:
 
     topology = Topology(
         LaunchEnvironment.read(),
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
         timeout=timedelta(minutes=config.training.timeout_minutes),
     )
     topology.together(use_kernels, config.model.kernels, topology.device.type)
     # The topology has settled the device, which DeepSpeed asks for at import.
     from megalite.data.sources import open_data, open_loader
-    from megalite.model.gpt import Stage
     from megalite.training import report
+    from megalite.training.build import build_chunks
     from megalite.training.checkpoint import find_resume, prepare_output
-    from megalite.training.engine import DTYPES, Engine, check_training, zero_stage
+    from megalite.training.engine import Engine
     from megalite.training.meters import Meters
+    from megalite.training.requirements import check_training, zero_stage
     from megalite.training.trainer import Trainer
 
     training = config.training
     topology.together(check_training, config, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
+    topology.together(build, parallel.schedule_name, 0, parallel.pipeline, parallel.virtual, accumulation)
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
     max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
     found, branched_from = find_resume(config, topology)
 
-    def build_stage() -> Stage:
-        return Stage(
-            config.model,
-            seed=training.seed,
-            group=topology.tensor_group,
-            activation_checkpointing=training.activation_checkpointing,
-            z_loss=training.z_loss,
-            init_rounding=DTYPES[training.precision],
-        )
-
-    engine = Engine(config, ds_config, topology, build_stage, accumulation)
+    engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
     trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps)
     notice = trainer.resume(found, branched_from) if found is not None else None
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
@@ -122,7 +121,8 @@ def steps_to_train(config: Config, windows: int, global_batch: int) -> int:
 
 
 if __name__ == "__main__":
-    ranks = [os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")]
+    # Under srun each rank speaks until they have met: the first to end has SLURM end the others, who may be silent.
+    ranks = [os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), os.environ.get("LOCAL_RANK", "0")]
     if not all(rank.isdecimal() for rank in ranks):
         ranks = ["0", "0"]  # this process speaks; main says what is wrong
     try:

@@ -1,6 +1,7 @@
 """Who sits where: the launcher's environment, the grid of ranks (pure), and the process groups cut from it."""
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,16 +15,17 @@ from megalite.errors import ConfigError, UserError
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What the launcher (deepspeed, torchrun, or plain python: one rank) says about this process."""
+    """What the launcher (deepspeed, torchrun, srun, or plain python: one rank) says about this process."""
 
     rank: int
-    local_rank: int
+    local_rank: int  # which of the GPUs that this process sees
     world_size: int
     launched: bool  # by a launcher that gives a rendezvous address
 
     @staticmethod
     def read() -> "LaunchEnvironment":
-        """From RANK, LOCAL_RANK and WORLD_SIZE; all three, or none of them."""
+        """From RANK, LOCAL_RANK and WORLD_SIZE, all three or none of them; srun's own are put in their form first."""
+        LaunchEnvironment._translate_slurm()
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         values = [os.environ.get(name) for name in names]
         if all(value is None for value in values):
@@ -37,7 +39,42 @@ class LaunchEnvironment:
             ) from None
         if not 0 <= rank < world_size or local_rank < 0:
             raise ConfigError(f"launcher environment: {shown}: ranks count from 0 to WORLD_SIZE - 1")
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"launcher environment: MASTER_ADDR={address}, MASTER_PORT={port or None}: give rank 0's host and a"
+                " free port on it, the same on every rank"
+            )
         return LaunchEnvironment(rank, local_rank, world_size, launched=True)
+
+    @staticmethod
+    def _translate_slurm() -> None:
+        """Set from SLURM's variables those that torch and DeepSpeed read, where srun started this process.
+
+        Not for children of another launcher under srun, which have a RANK. Nor in a batch script, which is no step; nor
+        in a step of one task, such as an interactive shell, where SLURM_NTASKS counts tasks that nobody started.
+        """
+        said = os.environ
+        if "RANK" in said or "SLURM_STEP_ID" not in said or said.get("SLURM_STEP_NUM_TASKS") == "1":
+            return
+        names = ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NUM_NODES", "STEP_NODELIST", "JOB_ID", "CPUS_ON_NODE")
+        missing = [f"SLURM_{name}" for name in names if f"SLURM_{name}" not in said]
+        if missing:
+            raise ConfigError(
+                f"launcher environment: SLURM_STEP_ID is set, but not {', '.join(missing)}: start with srun, or unset"
+                " SLURM_STEP_ID for one process"
+            )
+        rank, local_rank, tasks, nodes, node_list, job, cores = (said[f"SLURM_{name}"] for name in names)
+        if said.get("CUDA_VISIBLE_DEVICES") and "," not in said["CUDA_VISIBLE_DEVICES"]:
+            local_rank = "0"  # this task sees one GPU alone (srun --gpus-per-task, --gpu-bind)
+        said.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=tasks)
+        # n[01-04,07],m1 -> n01: tasks are counted from the first node of the list.
+        said.setdefault("MASTER_ADDR", re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list).partition(",")[0])
+        # Of its own for each job, and for each start of it: the last one's may still be taken.
+        attempt = int(said.get("SLURM_RESTART_COUNT", "0"))
+        said.setdefault("MASTER_PORT", str(20000 + (int(job) + attempt) % 20000))
+        if len(os.sched_getaffinity(0)) >= int(cores):  # not bound to cores of its own: the tasks share them
+            said.setdefault("LOCAL_WORLD_SIZE", str(-(-int(tasks) // int(nodes))))
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -66,42 +103,57 @@ def _share_cores() -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks)))
 
 
+AXES = ("pipeline", "data", "context", "tensor")
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Ranks laid out [pipeline, data, tensor], tensor fastest: its traffic is the heaviest, so it stays on one node."""
+    """Ranks laid out [pipeline, data, context, tensor], the last fastest.
+
+    Neighbours in rank are neighbours in the machine, so the axis with the most traffic varies fastest: tensor
+    parallelism waits for several collectives in each layer and stays on one node; context exchanges heads in each
+    layer; data sums gradients once a step, beside other work; pipeline sends one activation a micro-batch, and may
+    cross nodes.
+    """
 
     pipeline: int
     data: int
+    context: int
     tensor: int
 
     @staticmethod
-    def of(world_size: int, tensor: int, pipeline: int) -> "Grid":
-        """Raises ConfigError where the ranks do not divide."""
-        if world_size % (tensor * pipeline):
-            raise ConfigError(
-                f"parallel.tensor ({tensor}) x parallel.pipeline ({pipeline}) does not divide {world_size} ranks;"
-                f" start a multiple of {tensor * pipeline}"
-            )
-        return Grid(pipeline, world_size // (tensor * pipeline), tensor)
+    def of(world_size: int, *, tensor: int = 1, pipeline: int = 1, context: int = 1) -> "Grid":
+        """The rest of the ranks is data parallel. Raises ConfigError where they do not divide."""
+        copies = tensor * pipeline * context
+        if world_size % copies:
+            sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+            named = " x ".join(f"parallel.{name} ({size})" for name, size in sizes.items() if size > 1)
+            below = world_size // copies * copies
+            ranks = f"{below} or {below + copies}" if below else str(copies)
+            raise ConfigError(f"{named} does not divide {world_size} ranks; start {ranks}, or change the sizes")
+        return Grid(pipeline, world_size // copies, context, tensor)
+
+    @property
+    def zero(self) -> int:
+        """How many ranks hold the same part of the model: ZeRO divides its states among them."""
+        return self.data * self.context
 
     @property
     def ranks(self) -> np.ndarray:
-        return np.arange(self.pipeline * self.data * self.tensor).reshape(self.pipeline, self.data, self.tensor)
+        shape = (self.pipeline, self.data, self.context, self.tensor)
+        return np.arange(np.prod(shape)).reshape(shape)
 
-    def tensor_groups(self) -> list[list[int]]:
-        return self.ranks.reshape(-1, self.tensor).tolist()
+    def groups(self, *axes: str) -> list[list[int]]:
+        """All groups of ranks that differ along `axes` alone; in a group they stand in the grid's order."""
+        along = [i for i, axis in enumerate(AXES) if axis in axes]
+        across = [i for i, axis in enumerate(AXES) if axis not in axes]
+        ranks = self.ranks.transpose(*across, *along)
+        return ranks.reshape(-1, int(np.prod([self.ranks.shape[i] for i in along]))).tolist()
 
-    def data_groups(self) -> list[list[int]]:
-        return self.ranks.transpose(0, 2, 1).reshape(-1, self.data).tolist()
-
-    def model_groups(self) -> list[list[int]]:
-        """The ranks that together hold one copy of the model; in a group, rank = pipeline * tensor_size + tensor."""
-        return self.ranks.transpose(1, 0, 2).reshape(-1, self.pipeline * self.tensor).tolist()
-
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, data, tensor) of `rank`."""
-        pipeline, data, tensor = np.unravel_index(rank, (self.pipeline, self.data, self.tensor))
-        return int(pipeline), int(data), int(tensor)
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(pipeline, data, context, tensor) of `rank`."""
+        pipeline, data, context, tensor = map(int, np.unravel_index(rank, self.ranks.shape))
+        return pipeline, data, context, tensor
 
 
 class Topology:
@@ -111,28 +163,69 @@ class Topology:
     tensor parallelism alone: with them DeepSpeed counts replicated parameters its own way, and the norm is wrong.
     """
 
-    def __init__(self, environment: LaunchEnvironment, *, tensor: int, pipeline: int, timeout: timedelta):
+    def __init__(
+        self,
+        environment: LaunchEnvironment,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        timeout: timedelta,
+        store: dist.Store | None = None,
+    ):
+        """store: where the ranks meet; default: at the address that the launcher gives."""
         self.rank, self.world_size = environment.rank, environment.world_size
         self.local_rank = environment.local_rank
-        self.grid = Grid.of(self.world_size, tensor, pipeline)
-        self.pipeline_rank, self.data_rank, self.tensor_rank = self.grid.coordinates(self.rank)
+        self.grid = Grid.of(self.world_size, tensor=tensor, pipeline=pipeline, context=context)
+        self.pipeline_rank, self.data_rank, self.context_rank, self.tensor_rank = self.grid.coordinates(self.rank)
+        self.zero_rank = self.data_rank * context + self.context_rank
+        self.timeout = timeout
         self.device = pick_device(self.local_rank)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if environment.launched:
+        if not environment.launched:
+            store = dist.HashStore()
+        if store is None:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine insists on it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            os.environ["LOCAL_RANK"] = str(self.local_rank)  # DeepSpeed's engine insists on it
+            place = {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, timeout=timeout, **place)
         # Objects and decisions travel over gloo: they need no device and do not queue behind its kernels.
         self.control_group = dist.new_group(backend="gloo", timeout=timeout)
-        self.tensor_group = self._mine(self.grid.tensor_groups(), timeout)
-        self.data_group = self._mine(self.grid.data_groups(), timeout)
-        self.model_group = self._mine(self.grid.model_groups(), timeout)
+        self.tensor_group = self.new_group(self._mine("tensor"))
+        self.context_group = self.new_group(self._mine("context"))
+        # The ranks that hold the same part of the model: ZeRO's.
+        self.zero_group = self.new_group(self._mine("data", "context"))
+        # The ranks that together hold one copy of the model; in it, rank = pipeline * tensor_size + tensor.
+        self.model_group = self.new_group(self._mine("pipeline", "tensor"))
+        # Each value that tensor-parallel ranks hold alike is in it once: for sums over all data and stages.
+        self.sum_group = self.new_group(self._mine("pipeline", "data", "context"))
 
-    def _mine(self, groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
-        """Every rank makes every group, in the same order; keeps the one that it is in."""
-        made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
-        return next(group for ranks, group in made if self.rank in ranks)
+    def _mine(self, *axes: str) -> list[int]:
+        return next(ranks for ranks in self.grid.groups(*axes) if self.rank in ranks)
+
+    def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A group of `ranks`, of which this is one. They alone wait for each other: a cluster makes its groups at once.
+
+        Every rank has to make the same number of groups before, as torch derives the group's name from that.
+        """
+        return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+
+    def part_of_tensor_group(self, size: int) -> dist.ProcessGroup:
+        """The group of `size` neighbours in the tensor group that this rank is one of."""
+        ranks, first = self._mine("tensor"), self.tensor_rank // size * size
+        return self.new_group(ranks[first : first + size])
+
+    def ends_of_pipeline(self) -> dist.ProcessGroup | None:
+        """The group of this pipeline's first and last stage; None on a rank that is neither. All ranks call this."""
+        ends = sorted({self.pipeline_ranks[0], self.pipeline_ranks[-1]})
+        mine = self.new_group(ends if self.rank in ends else [self.rank])  # all make one: see new_group
+        return mine if self.rank in ends else None
+
+    @property
+    def pipeline_ranks(self) -> list[int]:
+        """The ranks of this pipeline's stages, in their order."""
+        return self._mine("pipeline")
 
     def together(self, action, *args, **kwargs) -> Any:
         """Run `action` on every rank; if it raises `UserError` on any, every rank raises that of the lowest.
@@ -168,13 +261,13 @@ class Topology:
 
     # The mpu that DeepSpeed calls.
     def get_data_parallel_group(self):
-        return self.data_group
+        return self.zero_group
 
     def get_data_parallel_rank(self) -> int:
-        return self.data_rank
+        return self.zero_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.grid.data
+        return self.grid.zero
 
     def get_model_parallel_group(self):
         return self.model_group

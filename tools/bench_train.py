@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +35,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from megalite.config import Config, check, resolve_batch
+from megalite.config import Config
+from megalite.config_check import check, resolve_batch
 from megalite.config_ds import read_ds_config
 from megalite.config_loader import load_config
 from megalite.errors import ConfigError, UserError, run_main
@@ -185,25 +187,16 @@ def run_ours(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     from megalite.data.loader import TrainLoader
     from megalite.topology import LaunchEnvironment, Topology
 
-    topology = Topology(LaunchEnvironment.read(), tensor=1, pipeline=1, timeout=timedelta(minutes=30))
-    from megalite.model.gpt import Stage
-    from megalite.training.engine import DTYPES, Engine, check_training, zero_stage
+    topology = Topology(LaunchEnvironment.read(), timeout=timedelta(minutes=30))
+    from megalite.training.build import build_chunks
+    from megalite.training.engine import Engine
+    from megalite.training.requirements import check_training, zero_stage
     from megalite.training.trainer import Trainer
 
     kernels.use(config.model.kernels)
     training, ds_config = config.training, read_ds_config(config.deepspeed)
     check_training(config, zero_stage(ds_config), topology.device.type)
     accumulation, batch = resolve_batch(config, 1)
-
-    def build_stage() -> Stage:
-        return Stage(
-            config.model,
-            seed=training.seed,
-            group=topology.tensor_group,
-            activation_checkpointing=training.activation_checkpointing,
-            z_loss=training.z_loss,
-            init_rounding=DTYPES[training.precision],
-        )
 
     loader = TrainLoader(
         WindowDataset([options.tokens], config.data.block_size),
@@ -215,7 +208,8 @@ def run_ours(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         prefetch=config.data.prefetch,
         device=topology.device,
     )
-    engine = Engine(config, ds_config, topology, build_stage, accumulation)
+    chunks = partial(build_chunks, config, topology, [range(config.model.num_layers)])
+    engine = Engine(config, ds_config, topology, chunks, accumulation)
     trainer = Trainer(config, topology, engine, loader, {}, 10 * (options.warmup + options.steps))
     with closing(loader):
         for _ in range(options.warmup):

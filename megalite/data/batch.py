@@ -1,7 +1,7 @@
 """What the model is fed. b: sequences in a micro-batch, s: tokens in a sequence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -55,6 +55,13 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""
         return self._each(lambda field: field.to(device, non_blocking=non_blocking))
+
+    def part(self, rank: int, size: int) -> Self:
+        """Part number `rank` of `size` equal ones along the sequence; `documents`, for attention, stay whole."""
+        if size == 1:
+            return self
+        cut = self._each(lambda field: field.chunk(size, 1)[rank].contiguous())
+        return replace(cut, documents=self.documents)
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory, from which `to(non_blocking=True)` copies while the GPU computes."""

@@ -5,7 +5,9 @@ stand before the tokens of every document.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite import kernels
-from megalite.comms.collectives import Group, group_size
+from megalite.comms.collectives import Group, TensorParallel, all_gather, group_size
 from megalite.errors import ConfigError
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.norm import RMSNorm
@@ -21,6 +23,9 @@ from megalite.layers.sharded_init import InitSpec
 
 Segments = list[list[int]] | Tensor
 """How attention keeps documents apart, made once a forward pass by `document_segments` or `row_segments`."""
+
+Attend = Callable[[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
+"""attend(core, q, k, v): core's attention of whole sequences, exchanged over the ranks that have parts of them."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -43,7 +48,17 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """x [s, b, h] -> [s, b, h]. path: auto, sdpa, varlen or softmax; what each is, `document_segments` says."""
+    """x [s, b, h] -> [s, b, h]; with sequence parallelism [s/tp, b, h] -> [s/tp, b, h].
+
+    path: auto, sdpa, varlen or softmax; what each is, `document_segments` says. Where there are fewer key/value heads
+    than tensor-parallel ranks, tp.kv_group's ranks have one of them together, each some rows of its matrices.
+
+    context: the ranks that have the parts of one sequence, in their order, s positions each. `attend` gives each of
+    them, for the time of the attention, all positions of a part of its heads (DeepSpeed-Ulysses, arXiv:2309.14509);
+    cos and sin are of its own positions then, and segments of the whole sequence.
+
+    Raises ValueError where heads do not divide over ranks.
+    """
 
     def __init__(
         self,
@@ -56,28 +71,71 @@ class Attention(nn.Module):
         norm_eps: float,
         init: InitSpec,
         output_std: float,
-        group: Group,
+        tp: TensorParallel,
         path: str = "auto",
+        context: Group = None,
+        attend: Attend | None = None,
     ):
         super().__init__()
-        self.path = path
-        tp = group_size(group)
-        self.heads, self.kv_heads, self.head_size = num_heads // tp, num_kv_heads // tp, head_size
+        self.path, self.kv_group = path, tp.kv_group
+        self.sharers = max(1, tp.size // num_kv_heads)  # ranks that have a key/value head together
+        self.heads, self.kv_heads, self.head_size = num_heads // tp.size, max(1, num_kv_heads // tp.size), head_size
+        if num_heads % tp.size or self.kv_heads * tp.size != num_kv_heads * self.sharers or head_size % self.sharers:
+            raise ValueError(
+                f"{name}: {num_heads} heads and {num_kv_heads} key/value heads of {head_size} do not divide over"
+                f" {tp.size} tensor-parallel ranks"
+            )
+        if group_size(tp.kv_group) != self.sharers:
+            raise ValueError(
+                f"{name}: a key/value head is of {self.sharers} ranks; tp.kv_group has {group_size(tp.kv_group)}"
+            )
+        cp = group_size(context)
+        self.attend = attend if cp > 1 else None
+        self.copies = max(1, cp // self.kv_heads)  # of each key/value head, one for each context rank that needs it
+        if self.heads % cp or (self.kv_heads * self.copies) % cp:
+            raise ValueError(
+                f"{name}: {self.heads} heads and {self.kv_heads} key/value heads of a tensor-parallel rank do not"
+                f" divide over {cp} context-parallel ranks"
+            )
+        if cp > 1 and attend is None:
+            raise ValueError(f"{name}: a context group needs attend")
         outputs = (num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size)
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden_size, outputs, init, group)
-        self.output = RowParallelLinear(f"{name}.output", num_heads * head_size, hidden_size, init, group, output_std)
-        self.q_norm = RMSNorm(f"{name}.q_norm", head_size, norm_eps, init) if qk_norm else None
-        self.k_norm = RMSNorm(f"{name}.k_norm", head_size, norm_eps, init) if qk_norm else None
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden_size, outputs, init, tp)
+        self.output = RowParallelLinear(f"{name}.output", num_heads * head_size, hidden_size, init, tp, output_std)
+        # Each rank has its heads alone, of which the weight's gradient is a part.
+        self.q_norm = RMSNorm(f"{name}.q_norm", head_size, norm_eps, init, tp.group) if qk_norm else None
+        self.k_norm = RMSNorm(f"{name}.k_norm", head_size, norm_eps, init, tp.group) if qk_norm else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, segments: Segments | None = None
     ) -> Tensor:
-        s, b, _ = x.shape
-        heads = self.qkv(x).view(s, b, self.heads + 2 * self.kv_heads, self.head_size)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # [s, b, n or k, d]
+        q, k, v = self._heads(self.qkv(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = kernels.rope(q, k, cos, sin)
+        if self.attend is None:
+            y = self._core(q, k, v, cache, segments)
+        else:
+            if self.copies > 1:
+                k, v = (t.repeat_interleave(self.copies, dim=2) for t in (k, v))
+            y = self.attend(partial(self._core, segments=segments), q, k, v)
+        return self.output(y.flatten(2))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads [s, b, n or k, d] in what this rank's matrix gives."""
+        if self.sharers == 1:
+            heads = qkv.unflatten(2, (-1, self.head_size))
+            return heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        part = self.head_size // self.sharers
+        q, kv = qkv.split((self.heads * self.head_size, 2 * part), dim=2)
+        parts = all_gather(kv, self.kv_group).unflatten(0, (self.sharers, -1))  # [sharers, s, b, 2 part]
+        k, v = (x.movedim(0, 2).flatten(2).unsqueeze(2) for x in parts.split(part, dim=3))
+        return q.unflatten(2, (-1, self.head_size)), k, v
+
+    def _core(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        """Attention of whole sequences: q [s, b, n, d], k and v [s, b, k, d] -> [s, b, n, d]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n or k, s, d]
         past = 0
         if cache is not None:
@@ -89,8 +147,7 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v, past)
         else:
             y = document_attention(q, k, v, segments)
-        # y: [b, n, s, d]
-        return self.output(y.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_size))
+        return y.permute(2, 0, 1, 3)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, past: int = 0) -> Tensor:

@@ -18,6 +18,8 @@ _KEEP = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
+    "megalite::gather_linear",  # with their collectives; see layers/linear.py
+    "megalite::linear_reduce",
     "torch_attn::_varlen_attn",
 }
 

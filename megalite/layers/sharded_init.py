@@ -86,3 +86,10 @@ def shard(full: Tensor, dim: int | None, segments: tuple[int, ...], tp: int, ran
     if dim is None or tp == 1:
         return full
     return torch.cat([part.chunk(tp, dim)[rank] for part in full.split(segments, dim)], dim)
+
+
+def unshard(parts: list[Tensor], dim: int, segments: tuple[int, ...]) -> Tensor:
+    """The inverse of `shard`: `parts` by rank."""
+    sizes = [segment // len(parts) for segment in segments]
+    by_segment = zip(*(part.split(sizes, dim) for part in parts), strict=True)
+    return torch.cat([piece for pieces in by_segment for piece in pieces], dim)

@@ -20,6 +20,7 @@ from megalite.config import CheckpointConfig, Config, ModelConfig
 from megalite.data.indexed import atomic_write, sync_folder
 from megalite.data.tokenizer import FILES as TOKENIZER_FILES
 from megalite.errors import ConfigError, UserError
+from megalite.layers.sharded_init import shard, unshard
 from megalite.topology import Topology
 from megalite.training.checkpoint_reader import (
     FORMAT,
@@ -60,8 +61,7 @@ def save(
 
     try:
         topology.on_first(_make_folder, temporary)
-        shapes = {name: p.global_shape for name, p in engine.parameters.items()}
-        files, index = _write_shards(temporary, shapes, engine, topology)
+        files, index = _write_shards(temporary, engine, topology)
         topology.on_first(_write_rest, temporary, files, index, state, config)
         topology.on_first(_publish, temporary, final, output_dir)
     except UserError:
@@ -81,29 +81,41 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def _write_shards(
-    folder: Path, shapes: dict[str, tuple[int, ...]], engine: Engine, topology: Topology
-) -> tuple[dict[str, dict], dict[str, list]]:
-    """The tensor files, shard k by data-parallel rank k mod their number; returns the manifest's entries and the index.
+def all_shapes(engine: Engine, topology: Topology) -> list[dict[str, tuple[int, ...]]]:
+    """Of each pipeline stage, the parameters that it owns and their global shapes; collective."""
+    own = {name: tuple(p.global_shape) for name, p in engine.parameters.items() if engine.owns(name)}
+    ranks = topology.grid.ranks[:, 0, 0, 0]
+    gathered = topology.gather_objects(own)
+    return [gathered[rank] for rank in ranks]
+
+
+def _write_shards(folder: Path, engine: Engine, topology: Topology) -> tuple[dict[str, dict], dict[str, list]]:
+    """The tensor files; returns the manifest's entries and the index.
+
+    Each stage has shards of its own, of which shard k is written by rank k mod their number of its ZeRO group.
 
     Gathering is collective, one tensor at a time, so a rank that cannot write goes on gathering and fails after. Ranks
     write in a thread, beside each other and beside the gathering of later shards; one shard waits at most.
     """
-    shards = plan_shards(shapes)
+    stages = all_shapes(engine, topology)
+    plans = [plan_shards(shapes) for shapes in stages]
+    total = sum(map(len, plans))
+    before = sum(map(len, plans[: topology.pipeline_rank]))
+    shapes, shards = stages[topology.pipeline_rank], plans[topology.pipeline_rank]
     index: dict[str, list] = {}
     writing: list[Future[dict[str, dict]]] = []
     engine.begin_gather()
     with ThreadPoolExecutor(1) as writer:
         for k, names in enumerate(shards):
-            mine = topology.data_rank == k % topology.grid.data
+            mine = topology.zero_rank == k % topology.grid.zero and topology.tensor_rank == 0
             model_file, optimizer_file = (
-                f"{kind}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for kind in ("model", "optimizer")
+                f"{kind}-{before + k + 1:05d}-of-{total:05d}.safetensors" for kind in ("model", "optimizer")
             )
             contents: dict[str, dict[str, Tensor]] = {model_file: {}, optimizer_file: {}}
             for name in names:
                 index[name] = [list(shapes[name]), model_file, optimizer_file]
                 for key in ("weight", *engine.moments[name]):
-                    tensor = engine.gather(name, key)
+                    tensor = _join(engine.gather(name, key), engine.parameters[name], topology)
                     if mine:
                         file, entry = (model_file, name) if key == "weight" else (optimizer_file, f"{name}.{key}")
                         contents[file][entry] = tensor.to("cpu", torch.float32).contiguous()
@@ -115,9 +127,22 @@ def _write_shards(
         return {name: entry for part in writing for name, entry in part.result().items()}
 
     files: dict[str, dict] = {}
-    for part in topology.gather_objects(topology.together(collect)):
-        files |= part
-    return files, index
+    names: dict[str, list] = {}
+    for written, entries in topology.gather_objects((topology.together(collect), index)):
+        files |= written
+        names |= entries
+    return files, names
+
+
+def _join(tensor: Tensor, parameter: torch.nn.Parameter, topology: Topology) -> Tensor:
+    """The whole of what the tensor-parallel ranks have parts of; collective."""
+    size = topology.grid.tensor
+    if size == 1 or parameter.tp_dim is None:
+        return tensor
+    tensor = tensor.to(topology.device).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    torch.distributed.all_gather(parts, tensor, group=topology.tensor_group)
+    return unshard(parts, parameter.tp_dim, parameter.tp_segments)
 
 
 def _write_shard(folder: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
@@ -275,10 +300,14 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
 
 def load(checkpoint: Checkpoint, engine: Engine, topology: Topology) -> None:
     """Weights and optimizer state into the engine, whatever layout wrote them; collective."""
-    topology.together(checkpoint.check_shapes, {n: p.global_shape for n, p in engine.parameters.items()})
+    shapes = {name: shape for stage in all_shapes(engine, topology) for name, shape in stage.items()}
+    topology.together(checkpoint.check_shapes, shapes)
     topology.together(checkpoint.verify, topology.rank, topology.world_size)
     engine.begin_load(checkpoint.state["adam_step"])
-    for name in engine.parameters:
-        engine.load_state(name, checkpoint.tensors(name, engine.moments[name]))
+    place = topology.grid.tensor, topology.tensor_rank
+    for name, parameter in engine.parameters.items():
+        tensors = checkpoint.tensors(name, engine.moments[name])
+        split = parameter.tp_dim, parameter.tp_segments
+        engine.load_state(name, {key: shard(tensor, *split, *place) for key, tensor in tensors.items()})
     engine.end_load()
     engine.load_loss_scale_state(checkpoint.state["loss_scale"])

@@ -6,7 +6,6 @@ which backward is the step's last. That leans on names that are not public, so t
 """
 
 import contextlib
-import importlib.util
 import logging
 import math
 import sys
@@ -16,50 +15,60 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config, TrainingConfig
+from megalite.comms.collectives import Group
+from megalite.config import Config
 from megalite.data.batch import Batch
-from megalite.errors import ConfigError
+from megalite.layers.attention import Attend
+from megalite.model.gpt import Stage
 from megalite.topology import Topology
 from megalite.training import muon
 from megalite.training.checkpoint_reader import MOMENTS
+from megalite.training.optimizer import make_optimizer
+from megalite.training.requirements import zero_stage
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecation notices of its dependencies, at import
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+    from deepspeed.sequence.layer import DistributedAttention
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
+        safe_get_local_grad,
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
         safe_set_local_fp32_param,
+        safe_set_local_grad,
         safe_set_local_optimizer_state,
         set_z3_leaf_module,
     )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIED = "embedding.weight"  # the parameter that the head shares when embeddings are tied
 COMPILER = "inductor"  # the backend of torch.compile
 
 
 class _Root(nn.Module):
     """What DeepSpeed sees as the model. Its forward does nothing: the schedule calls the stage itself.
 
-    Calling it once a step lets ZeRO-3's fetch trace span the whole schedule instead of one forward.
+    Calling it once a step lets ZeRO-3's fetch trace span the whole schedule instead of one forward, and so gather ahead
+    across micro-batches and virtual stages.
     """
 
-    def __init__(self, stage: nn.Module):
+    def __init__(self, chunks: list[nn.Module]):
         super().__init__()
-        self.stage = stage
+        self.chunks = nn.ModuleList(chunks)
 
     def forward(self) -> None:
         return None
 
 
 class Engine:
-    """The model, its optimizer and ZeRO; `stage` is the module that the schedule calls.
+    """This rank's part of the model, its optimizer and ZeRO; `chunks` are the modules that the schedule calls.
 
-    build_stage() makes the model with fp32 parameters that carry `global_name`. ds_config: the user's DeepSpeed
-    settings; what MegaLite decides is added here. What must go together, `check_training` knows.
+    build_chunks(attend) makes them (one, or one for each virtual stage) with fp32 parameters that carry `global_name`;
+    attend: what exchanges heads for positions under context parallelism, or None. ds_config: the user's DeepSpeed
+    settings; what MegaLite decides is added here. What must go together, `requirements.py` knows.
     """
 
     def __init__(
@@ -67,14 +76,13 @@ class Engine:
         config: Config,
         ds_config: dict,
         topology: Topology,
-        build_stage: Callable[[], nn.Module],
+        build_chunks: Callable[[Attend | None], list[Stage]],
         accumulation: int,
     ):
         training = config.training
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
         self.zero_stage, self.offload = zero_stage(ds_config), offload.get("device", "none") != "none"
-        self.device, self.data_parallel = topology.device, topology.grid.data
-        self.data_rank = topology.data_rank
+        self.device, self.topology = topology.device, topology
         self.dtype = DTYPES[training.precision]
         self.max_grad_norm = training.max_grad_norm
         _prepare(topology, config.logging.deepspeed_level)
@@ -95,29 +103,32 @@ class Engine:
         elif training.precision == "fp16":
             settings["fp16"] = {"enabled": True}  # loss_scale 0, the default, is dynamic
 
+        attend = ulysses(topology.context_group) if topology.grid.context > 1 else None
         if self.zero_stage == 3:
             # Each layer's parameters are partitioned as soon as it is built: no rank ever holds the whole model.
             with deepspeed.zero.Init(
-                data_parallel_group=topology.data_group, config_dict_or_path=settings, mpu=topology
+                data_parallel_group=topology.zero_group, config_dict_or_path=settings, mpu=topology
             ):
-                stage = build_stage()
+                self.chunks = build_chunks(attend)
         else:
-            stage = build_stage().to(self.device)
-        if training.compile == "blocks":
-            stage.compile_blocks(COMPILER)
+            self.chunks = [chunk.to(self.device) for chunk in build_chunks(attend)]
+        for chunk in self.chunks if training.compile == "blocks" else ():
+            chunk.compile_blocks(COMPILER)
             if self.zero_stage == 3:
                 # A block's parameters are gathered when it begins, all at once: hooks inside would break its graph.
-                for block in stage.blocks:
+                for block in chunk.blocks:
                     set_z3_leaf_module(block, True)
-        self.stage = stage
-        root = _Root(stage)
+        root = _Root(self.chunks)
         self.parameters = {p.global_name: p for p in root.parameters()}
-        for parameter in self.parameters.values():
+        self.tied, self.tied_group = self._find_tied(config.model.tie_embeddings)
+        for name, parameter in self.parameters.items():
             # Whether this rank counts the parameter in the global norm. A tensor-parallel slice is counted by each
-            # rank, a replica only by the first. (Megatron's usual marks count replicas wrongly here.)
-            parameter.model_parallel = parameter.tp_dim is not None or topology.tensor_rank == 0
+            # rank, a replica only by the first, a tied weight where the embedding is. (Megatron's usual marks count
+            # replicas wrongly here.)
+            first = parameter.tp_dim is not None or topology.tensor_rank == 0
+            parameter.model_parallel = first and self.owns(name)
 
-        optimizer = make_optimizer(self.parameters, training)
+        optimizer = make_optimizer(self.parameters, training, self.tied)
         matrices = muon.split(self.parameters)[0] if training.optimizer == "muon" else {}
         self.moments = {name: muon.MOMENTS if name in matrices else MOMENTS for name in self.parameters}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -137,17 +148,32 @@ class Engine:
             self.optimizer.grad_partitions_flat_buffer.zero_()
             self.optimizer.micro_step_id = 1
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The summed loss of a micro-batch.
+    def forward(self, chunk: int, batch: Batch, hidden: Tensor | None = None, samples: Tensor | None = None) -> Tensor:
+        """Through chunk number `chunk`: hidden [s, b, h], or the micro-batch's summed loss; arguments as `Stage`'s.
 
         bf16 at ZeRO-0 is an fp32 engine under autocast: DeepSpeed's stage-0 bf16 has no fp32 accumulation.
         """
         autocast = self.zero_stage == 0 and self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
-            return self.stage(batch.tokens, batch.positions, batch.labels, batch.loss_mask, documents=batch.documents)
+            return self.chunks[chunk](
+                batch.tokens,
+                batch.positions,
+                batch.labels,
+                batch.loss_mask,
+                hidden=hidden,
+                documents=batch.documents,
+                samples=samples,
+            )
+
+    def message(self, batch: Batch) -> tuple[tuple[int, int, int], torch.dtype]:
+        """Shape and dtype of hidden between stages; under autocast the residual stream stays fp32."""
+        b, s = batch.tokens.shape
+        stage = self.chunks[0]
+        s //= stage.tp.size if stage.tp.sequence else 1
+        return (s, b, stage.model.hidden_size), self.dtype if self.zero_stage else torch.float32
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Differentiate a scalar; gradients are averaged over the data-parallel ranks after the last one."""
+        """Differentiate a scalar; gradients are averaged over the ranks of the ZeRO group after the last one."""
         if self.is_zero:
             self.optimizer.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -163,12 +189,18 @@ class Engine:
         """
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
+        if self.tied is not None:
+            self._sum_tied_gradients()
         norm = None
         if self.zero_stage == 0:
             # DeepSpeed clips here but does not tell the norm; one computation gives both.
             # In fp64, like ZeRO's own: torch's fp32 norm on CPU was seen 5e-5 off.
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.model_parallel]
-            norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
+            squares = torch.zeros((), dtype=torch.float64, device=self.device)
+            for gradient in gradients:
+                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+            torch.distributed.all_reduce(squares, group=self.topology.model_group)
+            norm = squares.sqrt()
             if not torch.isfinite(norm):
                 self.engine.zero_grad()
                 return math.nan, False
@@ -179,6 +211,46 @@ class Engine:
             return math.nan, False
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return float(norm), True
+
+    def _find_tied(self, tie_embeddings: bool) -> tuple[nn.Parameter | None, torch.distributed.ProcessGroup | None]:
+        """The weight that first and last stage both have, on these, and the group of the two; else (None, None)."""
+        if not tie_embeddings or self.topology.grid.pipeline == 1:
+            return None, None
+        group = self.topology.ends_of_pipeline()
+        return (None, None) if group is None else (self.parameters[TIED], group)
+
+    def owns(self, name: str) -> bool:
+        """Whether it is this stage that counts and saves the parameter: of a tied weight there are two."""
+        return name != TIED or self.topology.pipeline_rank == 0
+
+    def _sum_tied_gradients(self) -> None:
+        """Add the gradients of both copies, wherever ZeRO keeps them after its reduction, in fp32 or as they are.
+
+        The copy has a parameter group of its own, the last: so both ranks have the same part of it.
+        """
+        optimizer = self.optimizer
+        if self.zero_stage == 3:
+            gradient = safe_get_local_grad(self.tied).clone()
+            torch.distributed.all_reduce(gradient, group=self.tied_group)
+            safe_set_local_grad(self.tied, gradient.view(self.tied.ds_tensor.shape))
+            return
+        if self.zero_stage == 0:
+            gradients = [self.tied.grad]
+        elif hasattr(optimizer, "fp32_groups_gradients"):  # what DeepSpeed runs at ZeRO-1 in bf16
+            gradients = [optimizer.fp32_groups_gradients[-1][0]]
+        elif self.offload:
+            gradients = [optimizer.single_partition_of_fp32_groups[-1].grad]
+        else:
+            gradients = optimizer.averaged_gradients[len(optimizer.bit16_groups) - 1]
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient, group=self.tied_group)
+        if self.zero_stage and self.offload:
+            # Its norm was taken as it arrived.
+            number = optimizer.get_param_id(self.tied)
+            if number in optimizer.norm_for_param_grads:
+                _, _, start, length = optimizer.grad_position[number]
+                part = gradients[0].view(-1).narrow(0, start, length)
+                optimizer.norm_for_param_grads[number] = part.double().norm(2)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -204,9 +276,9 @@ class Engine:
         self._link_moments()
 
     def gather(self, name: str, key: str) -> Tensor:
-        """A parameter's full fp32 "weight", or one of its `moments`. Collective over the data-parallel group.
+        """A parameter's fp32 "weight", or one of its `moments`: this tensor-parallel rank's slice, whole over ZeRO.
 
-        Between `begin_gather` and the next step. At ZeRO-0 this is the tensor itself, not a copy.
+        Collective over ZeRO's group, between `begin_gather` and the next step. At ZeRO-0 this is the tensor itself.
         """
         parameter = self.parameters[name]
         if self.zero_stage == 0:
@@ -227,7 +299,7 @@ class Engine:
         self._link_moments()
 
     def load_state(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `gather`: {"weight", and each of its `moments`}, full tensors on every rank."""
+        """The inverse of `gather`: {"weight", and each of its `moments`}, on every rank of ZeRO's group."""
         parameter = self.parameters[name]
         if self.zero_stage == 0:
             parameter.data.copy_(tensors["weight"])
@@ -241,9 +313,9 @@ class Engine:
             # safe_set_full_* fails on partitions with padding; a zero-padded slice is what each rank holds.
             size = parameter.ds_tensor.ds_numel
             for key, tensor in tensors.items():
-                padded = torch.zeros(size * self.data_parallel)
+                padded = torch.zeros(size * self.topology.grid.zero)
                 padded[: tensor.numel()] = tensor.flatten()
-                local = padded[self.data_rank * size : (self.data_rank + 1) * size]
+                local = padded[self.topology.zero_rank * size : (self.topology.zero_rank + 1) * size]
                 if key == "weight":
                     safe_set_local_fp32_param(parameter, local)
                 else:
@@ -287,80 +359,14 @@ class Engine:
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def zero_stage(ds_config: dict) -> int:
-    return ds_config.get("zero_optimization", {}).get("stage", 0)
+def ulysses(group: Group) -> Attend:
+    """DeepSpeed's attention over sequences of which each rank of `group` has a part (arXiv:2309.14509)."""
+    inner = DistributedAttention(lambda q, k, v, core: core(q, k, v), group, scatter_idx=2, gather_idx=0)
 
+    def attend(core, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return inner(q, k, v, 1, None, core)  # 1: the batch's dimension; None: positions are rotated before
 
-def check_training(config: Config, zero_stage: int, device: str) -> None:
-    """Refuse, with a ConfigError, what does not go together on this type of device under this stage of ZeRO."""
-    training = config.training
-    _check_precision(training.precision, zero_stage, device)
-    if training.optimizer == "muon" and zero_stage:
-        raise ConfigError(
-            f"training.optimizer: muon works on whole matrices, of which ZeRO-{zero_stage} gives each rank a part;"
-            " add --zero 0, or take adamw"
-        )
-    if training.compile == "none":
-        return
-    if config.data.mask_documents and config.model.attention not in ("sdpa", "softmax"):
-        raise ConfigError(
-            f"training.compile: with data.mask_documents and model.attention {config.model.attention} each batch would"
-            " be compiled anew, as its documents have other lengths; set model.attention to sdpa, or compile to none"
-        )
-    if problem := _no_compiler(device):
-        raise ConfigError(f"training.compile: blocks needs {problem}, or set it to none")
-
-
-def _no_compiler(device: str) -> str | None:
-    """What torch.compile lacks here, and how to get it; None if nothing."""
-    if COMPILER != "inductor":
-        return None
-    if device == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton, which is not installed: pip install triton"
-    # Only now: this takes seconds.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "a C++ compiler, and found none: install g++"
-    return None
-
-
-def _check_precision(precision: str, zero_stage: int, device: str) -> None:
-    if precision == "fp16" and device == "cpu":
-        raise ConfigError("training.precision: fp16 needs a GPU; use fp32 or bf16 here")
-    if precision == "fp16" and zero_stage == 0:
-        raise ConfigError("training.precision: fp16 needs ZeRO 1 to 3, whose optimizers scale the loss; add --zero 1")
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest."""
-    options = {
-        "lr": training.learning_rate,
-        "betas": (training.adam_beta1, training.adam_beta2),
-        "eps": training.adam_eps,
-    }
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(decay_groups(parameters, training.weight_decay), fused=True, **options)
-    matrices, rest = muon.split(parameters)
-    return muon.MuonAdamW(
-        matrices.values(),
-        decay_groups(rest, training.weight_decay),
-        weight_decay=training.weight_decay,
-        momentum=training.muon_momentum,
-        scale=training.muon_scale,
-        steps=training.muon_steps,
-        **options,
-    )
-
-
-def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """AdamW's groups: matrices decay, vectors (norms) do not. `global_shape`, as ZeRO-3 leaves an empty shape."""
-    matrices = [p for p in parameters.values() if len(p.global_shape) >= 2]
-    vectors = [p for p in parameters.values() if len(p.global_shape) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return attend
 
 
 def _prepare(topology: Topology, log_level: str) -> None:
@@ -374,8 +380,8 @@ def _prepare(topology: Topology, log_level: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*reduce_scatter_tensor.*")
 
     def assert_same_in_stage(values: list[int]) -> None:
-        gathered: list = [None] * topology.grid.data
-        torch.distributed.all_gather_object(gathered, list(values), group=topology.data_group)
+        gathered: list = [None] * topology.grid.zero
+        torch.distributed.all_gather_object(gathered, list(values), group=topology.zero_group)
         if any(other != gathered[0] for other in gathered):
             raise RuntimeError(f"ranks of one data-parallel group disagree: {gathered}")
 

@@ -18,7 +18,7 @@ from megalite.data.sources import Sources, unigram_entropy
 from megalite.data.streaming import StreamingLoader
 from megalite.errors import UserError
 from megalite.model.flops import count_parameters, predict_memory
-from megalite.topology import Topology
+from megalite.topology import Grid, Topology
 from megalite.training.engine import Engine
 from megalite.training.trainer import perplexity
 
@@ -38,7 +38,7 @@ def banner(
         model,
         zero_stage=engine.zero_stage,
         offload=engine.offload,
-        data_parallel=topology.grid.data,
+        data_parallel=topology.grid.zero,
         low_precision=training.precision != "fp32",
         micro_batch=training.per_device_train_batch_size,
         sequence=data.block_size,
@@ -52,9 +52,9 @@ def banner(
         [
             f"MegaLite  {count_parameters(model) / 1e6:,.2f} M parameters: {model.num_layers} layers, hidden"
             f" {model.hidden_size}, {model.num_heads} heads ({model.kv_heads} KV), vocabulary {model.vocab_size}",
-            f"layout    {topology.world_size} x {topology.device.type}: data {topology.grid.data}, tensor"
-            f" {topology.grid.tensor}, pipeline {topology.grid.pipeline}; {zero}, {training.precision}, activation"
-            f" checkpointing {training.activation_checkpointing}",
+            f"layout    {topology.world_size} x {topology.device.type}: {_layout(config, topology.grid)}; {zero},"
+            f" {training.precision}, activation checkpointing {training.activation_checkpointing}",
+            *_pipeline(config, loader.accumulation),
             f"batch     {training.per_device_train_batch_size} sequences a device x {loader.accumulation} accumulated x"
             f" {topology.grid.data} ranks = {global_batch} of {data.block_size} tokens = {tokens:,} tokens a step",
             f"run       {max_steps:,} steps = {max_steps * tokens:,} tokens: {_passes(sources, samples)};"
@@ -67,6 +67,25 @@ def banner(
             f"writes    {config.checkpoint.output_dir} (checkpoints), {run_dir} (metrics)",
         ]
     )
+
+
+def _layout(config: Config, grid: Grid) -> str:
+    sequence = " with sequence parallelism" if config.parallel.sequence and grid.tensor > 1 else ""
+    context = f", context {grid.context}" if grid.context > 1 else ""
+    return f"data {grid.data}, tensor {grid.tensor}{sequence}{context}, pipeline {grid.pipeline}"
+
+
+def _pipeline(config: Config, micro_batches: int) -> list[str]:
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return []
+    # Of the ideal step, which none of the schedules waits in (arXiv:2104.04473, section 2.2).
+    bubble = (parallel.pipeline - 1) / (micro_batches * parallel.virtual)
+    parts = f", {parallel.virtual} parts of the model on each" if parallel.virtual > 1 else ""
+    return [
+        f"pipeline  {parallel.pipeline} stages{parts}, {parallel.schedule_name}, {micro_batches} micro-batches: stages"
+        f" wait {100 * bubble / (1 + bubble):.0f} % of the time" + ("; more micro-batches lower it" * (bubble > 0.5))
+    ]
 
 
 def _passes(sources: Sources, samples: int) -> str:

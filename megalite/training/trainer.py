@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.comms.p2p import Link
 from megalite.config import Config
+from megalite.data.batch import Batch
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader, eval_batches
 from megalite.errors import ConfigError
 from megalite.model.flops import flops_per_token, peak_tflops
-from megalite.pipeline.executor import run_evaluation, run_schedule
-from megalite.pipeline.schedules import one_stage
+from megalite.pipeline.executor import Executor
+from megalite.pipeline.schedules import build
 from megalite.topology import Topology
 from megalite.training import checkpoint
 from megalite.training.checkpoint_reader import Checkpoint
@@ -41,7 +43,21 @@ class Trainer:
     ):
         self.config, self.topology, self.engine = config, topology, engine
         self.loader, self.eval_sets, self.max_steps = loader, eval_sets, max_steps
-        self.schedule = one_stage(loader.accumulation)
+        parallel, grid = config.parallel, topology.grid
+        layout = topology.pipeline_rank, grid.pipeline, parallel.virtual
+        self.actions = build(parallel.schedule_name, *layout, loader.accumulation)
+        link = None
+        if grid.pipeline > 1:
+            wraps = parallel.virtual > 1
+            link = Link(topology.pipeline_ranks, topology.pipeline_rank, topology.new_group, topology.device, wraps)
+        self.executor = Executor(
+            self._forward,
+            message=engine.message,
+            stage=topology.pipeline_rank,
+            stages=grid.pipeline,
+            virtual=parallel.virtual,
+            link=link,
+        )
         self.step = 0
         self.tokens = 0
         self.skipped_in_a_row = 0
@@ -92,21 +108,19 @@ class Trainer:
         started = time.perf_counter()
         batches = self.loader.next_step()
         waited = time.perf_counter() - started
-        valid = torch.stack([batch.loss_mask.sum() for batch in batches]).sum(dtype=torch.float64)
-        batches = [batch.to(self.topology.device, non_blocking=True) for batch in batches]
+        batches = [self._to_device(batch) for batch in batches]
         # Divided by the valid tokens of the global batch, the loss is the same in every layout. DeepSpeed averages
-        # gradients over the data-parallel ranks, which the factor undoes.
-        valid = self._sum_over_data(valid.to(self.topology.device)).item()
-        scale = self.topology.grid.data / max(valid, 1.0)
+        # gradients over the ranks of its group, which the factor undoes.
+        valid = torch.stack([batch.loss_mask.sum() for batch in batches]).sum(dtype=torch.float64)
+        dist.all_reduce(valid, group=self.topology.zero_group)
+        valid = valid.item()
+        scale = self.topology.grid.zero / max(valid, 1.0)
 
         self.engine.begin_step()
-        loss_sum = run_schedule(
-            self.schedule,
-            self.engine.forward,
-            batches,
-            lambda loss, is_last: self.engine.backward(loss * scale, is_last),
+        loss_sum = self.executor.run(
+            self.actions, batches, lambda loss, is_last: self.engine.backward(loss * scale, is_last)
         )
-        loss = self._sum_over_data(loss_sum).item() / max(valid, 1.0)
+        loss = self._sum_over_all(loss_sum).item() / max(valid, 1.0)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         learning_rate = learning_rate_at(self.step + 1, self.config.training, self.max_steps)
@@ -159,8 +173,8 @@ class Trainer:
             training.eval_sequences,
         )
         with self.engine.evaluation():
-            total, valid = run_evaluation(self.engine.forward, (batch.to(self.topology.device) for batch in batches))
-        return self._sum_over_data(torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device))
+            total, valid = self.executor.evaluate(map(self._to_device, batches))
+        return self._sum_over_all(torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device))
 
     def save(self) -> None:
         started = time.perf_counter()
@@ -182,9 +196,24 @@ class Trainer:
             " and start again from the last checkpoint, or afresh with --no-resume"
         ).everywhere()
 
-    def _sum_over_data(self, value: Tensor) -> Tensor:
-        """The sum over the data-parallel ranks of a tensor on the device."""
-        dist.all_reduce(value, group=self.topology.data_group)
+    def _forward(self, chunk: int, micro_batch: int, batch: Batch, hidden: Tensor | None) -> Tensor:
+        samples = None
+        if self.config.model.dropout:
+            # Of the step that the loader gave last: micro-batch m on data rank r has the rows that `TrainLoader` says.
+            grid, size = self.topology.grid, batch.tokens.shape[0]
+            first = self.loader.consumed_samples - self.loader.global_batch
+            first += (micro_batch * grid.data + self.topology.data_rank) * size
+            samples = torch.arange(first, first + size, device=self.topology.device)
+        return self.engine.forward(chunk, batch, hidden, samples)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        """This rank's part of a micro-batch of its data-parallel rank, on the device."""
+        part = batch.part(self.topology.context_rank, self.topology.grid.context)
+        return part.to(self.topology.device, non_blocking=True)
+
+    def _sum_over_all(self, value: Tensor) -> Tensor:
+        """The sum over data and stages of a tensor on the device; tensor-parallel ranks have the same."""
+        dist.all_reduce(value, group=self.topology.sum_group)
         return value
 
 

@@ -38,12 +38,12 @@ def train(topology, zero: int, precision: str, mode: str, compile: str) -> dict[
         small = {"param_persistence_threshold": 0, "prefetch_bucket_size": 3000, "max_live_parameters": 10000}
         ds_config["zero_optimization"] |= {f"stage3_{key}": value for key, value in small.items()}
 
-    def build_stage() -> Stage:
-        return Stage(config.model, seed=1, activation_checkpointing=mode, init_rounding=DTYPES[precision])
+    def build_chunks(attend) -> list[Stage]:
+        return [Stage(config.model, seed=1, activation_checkpointing=mode, init_rounding=DTYPES[precision])]
 
     torch._dynamo.reset()
     counters.clear()
-    engine = Engine(config, ds_config, topology, build_stage, 2)
+    engine = Engine(config, ds_config, topology, build_chunks, 2)
     generator = torch.Generator().manual_seed(topology.rank)
     losses, norms = [], []
 
@@ -54,12 +54,12 @@ def train(topology, zero: int, precision: str, mode: str, compile: str) -> dict[
         torch.compiler.set_stance("fail_on_recompile" if step else "default")
         engine.begin_step()
         for micro_step in range(2):
-            loss = engine.forward(batch())
+            loss = engine.forward(0, batch())
             engine.backward(loss / 128, micro_step == 1)
             losses.append(loss.item())
         norms.append(engine.step(1e-2)[0])
         with engine.evaluation(), torch.no_grad():
-            losses.append(engine.forward(batch()).item())
+            losses.append(engine.forward(0, batch()).item())
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def train(topology, zero: int, precision: str, mode: str, compile: str) -> dict[
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        engine.forward(batch())
+        engine.forward(0, batch())
     torch.compiler.set_stance("default")
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     return {"losses": losses, "norms": norms, "graphs": graphs, "breaks": breaks, "kept": sum(kept.values())}
@@ -83,7 +83,7 @@ def train_all(port: int) -> dict:
     dist.destroy_process_group()  # the topology makes its own
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE="2", DS_ACCELERATOR="cpu")
-    topology = Topology(LaunchEnvironment.read(), tensor=1, pipeline=1, timeout=timedelta(minutes=2))
+    topology = Topology(LaunchEnvironment.read(), timeout=timedelta(minutes=2))
     engine.COMPILER = "aot_eager"  # all of torch.compile but the code that it would generate, which takes long
     results: dict = {}
     for kind, mode in CASES:

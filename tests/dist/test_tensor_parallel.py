@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks beside one process: the same loss and the same gradient of every parameter."""
+"""Tensor and sequence parallelism beside one process: the same loss and the same gradient of every parameter."""
 
 import time
 
@@ -8,122 +8,201 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite import kernels
-from megalite.config import ModelConfig
-from megalite.layers.sharded_init import shard
-from megalite.model.gpt import Stage
+from megalite.comms.collectives import TensorParallel, sum_gradient
+from megalite.layers.attention import Attention
+from megalite.layers.embedding import VocabParallelEmbedding
+from megalite.layers.sharded_init import InitSpec
+from megalite.topology import Grid
 from tests.dist.harness import RankFailure, run_ranks
+from tests.dist.layouts import (
+    BASE,
+    LENGTH,
+    Layout,
+    assert_equal_to_one_process,
+    assert_replicas_are_equal,
+    loss_and_gradients,
+)
 
 pytestmark = pytest.mark.dist
 
 TP = 2
-BASE = {
-    "vocab_size": 64,
-    "vocab_multiple": 64,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 48,
-    "n_positions": 32,
-    "init_std": 0.2,
-}
+SEQUENCE = {"sequence": True}
+FUSED = {"fused_loss": True}
 CASES = {
-    "tied": {},
-    "untied": {"tie_embeddings": False},
-    "qk-norm": {"qk_norm": True, "head_dim": 12},
-    "padding on rank 1": {"vocab_size": 50, "tie_embeddings": False},
-    "padding is all of rank 1": {"vocab_size": 20},
-    "selective": {"checkpointing": "selective"},
-    "full": {"checkpointing": "full"},
-    "prefix": {"prefix": 3},
-    "fused loss": {"fused_loss": True},
-    "fused loss, padding on rank 1": {"fused_loss": True, "vocab_size": 50, "tie_embeddings": False},
-    "fused loss, padding is all of rank 1": {"fused_loss": True, "vocab_size": 20},
+    2: {
+        "tied": {},
+        "untied": {"tie_embeddings": False},
+        "qk-norm": {"qk_norm": True, "head_dim": 12},
+        "padding on rank 1": {"vocab_size": 50, "tie_embeddings": False},
+        "padding is all of rank 1": {"vocab_size": 20},
+        "selective": {"checkpointing": "selective"},
+        "full": {"checkpointing": "full"},
+        "prefix": {"prefix": 3},
+        "fused loss": FUSED,
+        "fused loss, padding on rank 1": FUSED | {"vocab_size": 50, "tie_embeddings": False},
+        "fused loss, padding is all of rank 1": FUSED | {"vocab_size": 20},
+        "one key/value head": {"num_kv_heads": 1, "qk_norm": True},
+        "bf16": {"bf16": True, "qk_norm": True},
+        "sequence": SEQUENCE,
+        "sequence, untied, qk-norm": SEQUENCE | {"tie_embeddings": False, "qk_norm": True, "head_dim": 12},
+        "sequence, softmax": SEQUENCE | {"attention": "softmax", "documents": True},
+        "sequence, selective": SEQUENCE | {"checkpointing": "selective"},
+        "sequence, full": SEQUENCE | {"checkpointing": "full", "documents": True},
+        "sequence, offload": SEQUENCE | {"checkpointing": "offload"},
+        "sequence, fused loss": SEQUENCE | FUSED | {"vocab_size": 50},
+        "sequence, bf16": SEQUENCE | {"bf16": True, "qk_norm": True, "checkpointing": "selective"},
+    },
+    4: {
+        "tied": {"num_kv_heads": 4},
+        "two key/value heads": {"qk_norm": True},
+        "one key/value head": {"num_kv_heads": 1, "tie_embeddings": False},
+        "sequence": SEQUENCE | {"num_kv_heads": 4, "qk_norm": True},
+        "sequence, two key/value heads": SEQUENCE | {"qk_norm": True, "checkpointing": "full"},
+        "sequence, one key/value head": SEQUENCE | FUSED | {"num_kv_heads": 1, "checkpointing": "selective"},
+    },
 }
+EACH = pytest.mark.parametrize(("tensor", "case"), [(tensor, case) for tensor in CASES for case in CASES[tensor]])
 
 
-def loss_and_gradients(case: dict, group: dist.ProcessGroup | None) -> dict:
-    """A training pass of the case's model; every rank of `group` has the same batch."""
-    changes = dict(case)
-    checkpointing, p = changes.pop("checkpointing", "none"), changes.pop("prefix", 0)
-    model = ModelConfig(**(BASE | changes))
-    stage = Stage(model, seed=1, group=group, activation_checkpointing=checkpointing, z_loss=0.01)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in stage.parameters():
-        if parameter.dim() == 1:  # at 1, a norm in the wrong place would not show
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-    ids = torch.randint(model.vocab_size, (2, 13), generator=generator)
-    mask = torch.rand(2, 12, generator=generator) > 0.3
-    prefix = torch.randn(2, p, 32, generator=generator).requires_grad_() if p else None
-    loss = stage(ids[:, :-1], labels=ids[:, 1:], loss_mask=mask, prefix_embeddings=prefix)
-    loss.backward()
-    return {
-        "loss": loss.detach(),
-        "weights": {parameter.global_name: parameter.detach() for parameter in stage.parameters()},
-        "gradients": {parameter.global_name: parameter.grad for parameter in stage.parameters()},
-        "prefix": None if prefix is None else prefix.grad,
-        "split": {
-            parameter.global_name: [parameter.tp_dim, list(parameter.tp_segments)] for parameter in stage.parameters()
-        },
-    }
-
-
-def every_case() -> dict[str, dict]:
-    return {name: loss_and_gradients(case, dist.group.WORLD) for name, case in CASES.items()}
+def every_case(tensor: int) -> dict[str, dict]:
+    layout = Layout(Grid.of(tensor, tensor=tensor))
+    results = {name: loss_and_gradients(case, layout) for name, case in CASES[tensor].items()}
+    weight = torch.zeros(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.ones_like(weight)
+    gradient[:, dist.get_rank()] = 256.0
+    sum_gradient(weight, layout.tensor).backward(gradient)
+    return results | {"half precision": {"gradient": weight.grad}}
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, dict]]:
-    return run_ranks(every_case, TP)
+def ranks() -> dict[int, list[dict[str, dict]]]:
+    return {tensor: run_ranks(every_case, tensor, tensor, timeout=180) for tensor in CASES}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_compute_what_one_process_does(ranks, case):
-    want = loss_and_gradients(CASES[case], None)
-    assert sum(dim is not None for dim, _ in want["split"].values()) >= 9  # most parameters are split
-    for rank, got in enumerate(results[case] for results in ranks):
-        # Row-parallel layers add two partial sums where one process has one sum: fp32 rounding, 6e-8 a step.
-        torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-5, atol=0)
-        assert got["split"] == want["split"]
-        for name, (dim, segments) in want["split"].items():
-            full = want["gradients"][name]
-            assert torch.equal(got["weights"][name], shard(want["weights"][name], dim, segments, TP, rank)), name
-            gradient = got["gradients"][name]
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                # Replicated, but each rank's heads alone use it: the gradient of the whole is the ranks' sum.
-                gradient = sum(results[case]["gradients"][name] for results in ranks)
-            scale = full.abs().max().item()
-            assert scale > 1e-3, name
-            torch.testing.assert_close(
-                gradient,
-                shard(full, dim, segments, TP, rank),
-                rtol=1e-4,
-                atol=1e-5 * scale,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
-        if want["prefix"] is not None:
-            torch.testing.assert_close(got["prefix"], want["prefix"], rtol=1e-4, atol=1e-5)
+@EACH
+def test_ranks_compute_what_one_process_does(ranks, tensor, case):
+    assert_equal_to_one_process([results[case] for results in ranks[tensor]], tensor, CASES[tensor][case])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_replicated_has_the_same_gradient_to_the_bit(ranks, case):
-    """Otherwise the ranks' copies drift apart."""
-    first, second = (results[case] for results in ranks)
-    for name, (dim, _) in first["split"].items():
-        if dim is None and not name.endswith(("q_norm.weight", "k_norm.weight")):
-            assert torch.equal(first["gradients"][name], second["gradients"][name]), name
-    assert torch.equal(first["loss"], second["loss"])
+@EACH
+def test_what_is_replicated_has_the_same_gradient_to_the_bit(ranks, tensor, case):
+    assert_replicas_are_equal([results[case] for results in ranks[tensor]], tensor)
+
+
+def test_gradients_of_half_precision_are_added_in_fp32(ranks):
+    """Added one by one in bf16, 256 + 1 is 256, and the next 1 is lost too."""
+    for results in ranks[4]:
+        assert torch.equal(
+            results["half precision"]["gradient"].float(), torch.full((4, 4), 260.0)
+        )  # 259, rounded once
 
 
 def test_the_fused_loss_is_the_loss_of_the_logits():
     """In one process; above it is compared with itself."""
     for case in ("tied", "padding on rank 1", "padding is all of rank 1"):
-        want, got = (loss_and_gradients(CASES[case] | fused, None) for fused in ({}, {"fused_loss": True}))
+        want, got = (loss_and_gradients(CASES[TP][case] | fused) for fused in ({}, {"fused_loss": True}))
         torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-6, atol=0)
         for name, gradient in want["gradients"].items():
             torch.testing.assert_close(
                 got["gradients"][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item()
             )
+
+
+# What crosses between ranks, what is kept, what is refused
+
+# Of one block: all-gathers, reduce-scatters and all-reduces. Sequence parallelism gathers before the two
+# column-parallel layers and, in backward, behind the two row-parallel ones; each has its opposite, and the columns'
+# input is gathered again for the weight. "full" repeats the forward's. Norm weights' gradients: two.
+COUNTS = {
+    ("none", True): [6, 4, 2],
+    ("selective", True): [6, 4, 2],
+    ("full", True): [8, 6, 2],
+    ("none", False): [0, 0, 4],
+    ("selective", False): [0, 0, 4],
+    ("full", False): [0, 0, 6],
+}
+OPERATORS = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+WRONG = {
+    "4 heads and 3 key/value heads of 8 do not divide over 2 tensor-parallel ranks": {"kv_heads": 3},
+    "3 heads and 1 key/value heads of 8 do not divide over 2 tensor-parallel ranks": {"heads": 3, "kv_heads": 1},
+    "4 heads and 1 key/value heads of 7 do not divide over 2 tensor-parallel ranks": {"kv_heads": 1, "head_size": 7},
+    "a key/value head is of 2 ranks; tp.kv_group has 1": {"kv_heads": 1},
+    "2 heads and 3 key/value heads of a tensor-parallel rank do not divide over 2 context-parallel ranks": {
+        "kv_heads": 6,
+        "context": True,
+    },
+    "a context group needs attend": {"context": True},
+}
+
+
+def count_collectives(layout: Layout, mode: str, sequence: bool) -> list[int]:
+    """How often each of OPERATORS runs more with one block more."""
+    counts = []
+    for layers in (1, 2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss_and_gradients({"sequence": sequence, "checkpointing": mode, "num_layers": layers}, layout)
+        seen = {event.key: event.count for event in profile.key_averages()}
+        counts.append([seen.get(f"_c10d_functional::{name}", 0) for name in OPERATORS])
+    return [after - before for before, after in zip(*counts, strict=True)]
+
+
+def kept_shapes(layout: Layout) -> list[list[int]]:
+    shapes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            shapes.append(list(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_and_gradients(SEQUENCE, layout)
+    return shapes
+
+
+def refusals() -> list[str]:
+    messages, init, group = [], InitSpec(1, 0.2), dist.group.WORLD
+    for case in WRONG.values():
+        context = group if case.get("context") else None
+        sizes = 32, case.get("heads", 4), case.get("kv_heads", 2), case.get("head_size", 8)
+        try:
+            Attention("a", *sizes, False, 1e-5, init, 0.2, TensorParallel(group), "auto", context)
+        except ValueError as error:
+            messages.append(str(error))
+    embedding = VocabParallelEmbedding("e", 64, 64, 8, init, TensorParallel(group, sequence=True))
+    try:
+        embedding(torch.zeros(1, 5, dtype=torch.int64))
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+def look_closer() -> dict:
+    layout = Layout(Grid.of(TP, tensor=TP))
+    counts = {f"{mode} {sequence}": count_collectives(layout, mode, sequence) for mode, sequence in COUNTS}
+    return {"counts": counts, "kept": kept_shapes(layout), "refusals": refusals()}
+
+
+@pytest.fixture(scope="module")
+def closer() -> list[dict]:
+    return run_ranks(look_closer, TP, timeout=180)
+
+
+@pytest.mark.parametrize(("mode", "sequence"), COUNTS)
+def test_collectives_of_a_block(closer, mode, sequence):
+    """Keeping matmul outputs must not cost a collective."""
+    assert [rank["counts"][f"{mode} {sequence}"] for rank in closer] == [COUNTS[mode, sequence]] * TP
+
+
+def test_what_sequence_parallelism_keeps_of_hidden_is_each_ranks_part(closer):
+    for rank in closer:
+        assert [LENGTH // TP, 2, BASE["hidden_size"]] in rank["kept"]
+        assert [LENGTH, 2, BASE["hidden_size"]] not in rank["kept"]
+
+
+def test_what_does_not_divide_is_refused(closer):
+    *attention, embedding = closer[0]["refusals"]
+    assert attention == [f"a: {message}" for message in WRONG]
+    assert embedding == "5 positions do not divide over 2 ranks of sequence parallelism"
 
 
 # Cross-entropy over a split vocabulary, from logits and from hidden

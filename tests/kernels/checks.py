@@ -77,11 +77,10 @@ def check_operator(op, *arguments) -> None:
     torch.library.opcheck(op.registered, detached, test_utils=("test_schema", "test_faketensor"))
 
 
-def in_subprocess(code: str, interpreted: bool = True, timeout: float = 120) -> str:
+def in_subprocess(code: str, timeout: float = 120) -> str:
     """What `code` prints in a process of its own, where an access out of bounds ends nothing else.
 
-    It starts as these tests do, with Triton's interpreter where there is no GPU, and `device` set; or, not interpreted,
-    as it is.
+    It starts as these tests do, with Triton's interpreter where there is no GPU, and `device` set.
     """
     device = "cuda" if not dispatch.INTERPRETED else "cpu"
     header = (
@@ -89,7 +88,7 @@ def in_subprocess(code: str, interpreted: bool = True, timeout: float = 120) -> 
         f"dispatch.use('triton')\ndevice = {device!r}\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", header + code if interpreted else code],
+        [sys.executable, "-c", header + code],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,17 +1,16 @@
-"""Every test here runs the Triton kernels: on the GPU where there is one, else in the interpreter on the CPU."""
+"""The Triton kernels in the interpreter, on the CPU. On a GPU it is tests/gpu that runs the tests with a device."""
 
 import pytest
-import torch
 
 from megalite.kernels import dispatch
 from tests.kernels import INTERPRETED
 
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
-
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
+@pytest.fixture
+def device() -> str:
+    if not INTERPRETED:
+        pytest.skip("there is a GPU here: tests/gpu runs this on it")
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

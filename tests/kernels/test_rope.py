@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megalite.kernels.rope import _apply, rope
+from tests.kernels import INTERPRETED
 from tests.kernels.checks import (
     DTYPES,
     LAYOUTS,
@@ -93,6 +94,7 @@ def test_only_one_result_used(device):
     assert torch.equal(k.grad, torch.zeros_like(k))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 is for the interpreter")
 def test_gradcheck():
     cos, sin = angles(2, 1, 4, dtype=torch.float64)
     q, k = draw(2, 1, 2, 4, dtype=torch.float64), draw(2, 1, 1, 4, dtype=torch.float64, seed=1)
@@ -111,7 +113,7 @@ def test_compiled(device):
     compare_compiled(lambda q, k: rope(q, k, cos, sin), [q, k])
 
 
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(device):
     """Positions, batches and heads so far apart that the third begins beyond int32; untouched memory is not there."""
     out = in_subprocess(
         """

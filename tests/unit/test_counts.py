@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.config import ModelConfig, check
+from megalite.config import ModelConfig
+from megalite.config_check import check
 from megalite.config_loader import load_config
 from megalite.model.flops import count_parameters, flops_per_token, peak_tflops, predict_memory
 from megalite.model.gpt import Stage

@@ -6,8 +6,9 @@ import torch
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.training import muon
-from megalite.training.engine import check_training, decay_groups, make_optimizer
 from megalite.training.muon import COEFFICIENTS, orthogonalise, split
+from megalite.training.optimizer import decay_groups, make_optimizer
+from megalite.training.requirements import check_training
 from tests.unit.tiny_model import loss_and_gradients, make_batch, make_stage
 
 MATRICES = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")

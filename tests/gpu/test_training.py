@@ -1,15 +1,10 @@
-"""The whole program on one GPU against the same on the CPU: python -m pytest -m gpu."""
+"""The whole program on one GPU against the same on the CPU."""
 
 from dataclasses import replace
 
 import pytest
-import torch
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.gpu]
 
 
 @pytest.fixture(scope="module")

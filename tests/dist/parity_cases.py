@@ -1,0 +1,190 @@
+"""Run in a process of its own, which stays without threads: python -m tests.dist.parity_cases NAME prints JSON.
+
+What ranks of `megalite.training.parity` do when one fails; what they send in a step; what they hold.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megalite.config import Config
+from megalite.layers import linear
+from megalite.training.forked import prepare, run_forked
+from megalite.training.parity import Bench, start_trainer
+from megalite.training.parity_cells import Cell, config_of, shrink
+from megalite.training.trainer import Trainer
+
+TIMEOUT = 100
+COUNTED = {
+    **{f"zero{stage}": Cell(data=2, zero=stage) for stage in "0123"},
+    **{f"bf16 zero{stage}": Cell(data=2, zero=stage, precision="bf16") for stage in "123"},
+    "tensor": Cell(tensor=2),
+    "tensor, selective": Cell(tensor=2, recompute="selective"),
+    "tensor, full": Cell(tensor=2, recompute="full"),
+    "sequence": Cell(tensor=2, sequence=True),
+    "pipeline": Cell(pipeline=2),
+    "virtual": Cell(pipeline=2, virtual=2),
+    "context": Cell(context=2),
+    "all": Cell(tensor=2, sequence=True, pipeline=2, data=2, zero="3"),
+}
+# (stage3_max_live_parameters, stage3_prefetch_bucket_size)
+KNOBS = [(10**9, 10**9), (10**9, 0), (0, 0), (0, 5000), (20000, 5000)]
+
+
+def say(result: Any) -> None:
+    print(json.dumps(result))
+
+
+# When a rank fails
+
+
+def _on_rank_1(what) -> None:
+    """In the second step of rank 1, instead of training."""
+    whole = Trainer.train_step
+
+    def train_step(self):
+        if self.step == 1 and self.topology.rank == 1:
+            what()
+        return whole(self)
+
+    Trainer.train_step = train_step
+
+
+def _raise() -> None:
+    raise ValueError("this rank is broken")
+
+
+def failures(folder: Path) -> dict:
+    """By kind: [the problem, seconds, how many children are left]."""
+    bench = Bench(shrink(Config()), folder, 15)
+    cell = Cell(tensor=2, data=2)
+    found = {}
+    for name, what in (
+        ("raises", _raise),
+        ("dies", lambda: os.kill(os.getpid(), 9)),
+        ("hangs", partial(time.sleep, 600)),
+    ):
+        started = time.monotonic()
+        problem = bench.run(cell, partial(_on_rank_1, what)).problem
+        found[name] = [problem, time.monotonic() - started, _children()]
+    found["nothing"] = [bench.run(cell).problem, 0, _children()]
+    return found
+
+
+def _children() -> int:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return 1
+
+
+# What is sent
+
+
+class Log(TorchDispatchMode):
+    """Each collective and message that starts on this rank: [group, operation, bytes given, how often]."""
+
+    OPERATIONS = {
+        "allreduce_": "all_reduce",
+        "all_reduce": "all_reduce",
+        "_allgather_base_": "all_gather",
+        "allgather_": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "alltoall_base_": "all_to_all",
+        "send": "send",
+    }
+    INSIDE = {"linear_reduce": linear._linear_reduce, "gather_linear": linear._gather_linear}
+
+    def __init__(self, groups: dict[str, str]):
+        super().__init__()
+        self.groups, self.seen = groups, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function._schema.name.split("::")
+        if namespace == "megalite":
+            with self:
+                return self.INSIDE[name](*args)
+        if namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "recv_"):
+            group = next(name for arg in reversed(args) if (name := self._name(arg)))
+            given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)][-1].nbytes
+            key = self.groups.get(group, "pipeline"), self.OPERATIONS[name], given
+            self.seen[key] = self.seen.get(key, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _name(argument: Any) -> str | None:
+        """Of a group, as an argument of an operator; None of anything else."""
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+            return dist.ProcessGroup.unbox(argument).group_name
+        return argument if isinstance(argument, str) else None
+
+
+def _count(config: Config, ranks: int, zero: dict | None, rank: int, folder: Path) -> dict:
+    """What a rank starts in its fourth step; in which steps ZeRO-3 found its fetches to be others than before."""
+    trainer = start_trainer(config, rank, ranks, folder / "store", zero)
+    engine, topology = trainer.engine, trainer.topology
+    invalidated = []
+    if engine.zero_stage == 3:
+        coordinator = type(engine.optimizer.parameter_offload.get_param_coordinator())
+        whole = coordinator._invalidate_trace
+        coordinator._invalidate_trace = lambda self: (invalidated.append(trainer.step + 1), whole(self))
+    for _ in range(3):
+        trainer.train_step()
+    names = ("control", "tensor", "context", "zero", "model", "sum")
+    with Log({getattr(topology, f"{name}_group").group_name: name for name in names}) as log:
+        trainer.train_step()
+    trainer.loader.close()
+    topology.close()
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.parameters.values()]
+    return {
+        "seen": [[*key, times] for key, times in sorted(log.seen.items())],
+        "invalidated": invalidated,
+        "parameters": sum(sizes),
+        "layers": sum(len(chunk.blocks) for chunk in engine.chunks),
+        "micro_batches": trainer.loader.accumulation,
+        "micro_batch": trainer.loader.micro_batch,
+    }
+
+
+def counts(folder: Path) -> dict:
+    """Of each rank, by case; and of rank 0 by ZeRO-3's two knobs."""
+    prepare()
+    config, found = shrink(Config()), {}
+    for name, cell in COUNTED.items():
+        found[name] = _run(folder / name, cell.ranks, partial(_count, config_of(cell, config), cell.ranks, None))
+    cell = Cell(data=2, zero="3")
+    for live, prefetch in KNOBS:
+        zero = {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": live,
+            "stage3_prefetch_bucket_size": prefetch,
+        }
+        name = f"live {live} prefetch {prefetch}"
+        found[name] = _run(folder / name, 2, partial(_count, config_of(cell, config), 2, zero))
+    return found
+
+
+def _run(folder: Path, ranks: int, function) -> list[dict]:
+    folder.mkdir()
+    return run_forked(ranks, function, folder, TIMEOUT)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="parity-cases-") as name:
+        say({"failures": failures, "counts": counts}[sys.argv[1]](Path(name)))
