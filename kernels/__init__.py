@@ -7,6 +7,7 @@ function, which asks `dispatch` which of the two runs. Shapes in this folder: `.
 
 from megalite.kernels.cross_entropy import cross_entropy
 from megalite.kernels.dispatch import problem, use, using
+from megalite.kernels.linear import linear
 from megalite.kernels.linear_cross_entropy import linear_cross_entropy
 from megalite.kernels.rms_norm import rms_norm
 from megalite.kernels.rope import rope
@@ -15,6 +16,7 @@ from megalite.kernels.swiglu import swiglu, swiglu_packed
 
 __all__ = [
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "problem",
     "rms_norm",

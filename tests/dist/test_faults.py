@@ -14,7 +14,8 @@ from tests.dist.conftest import REPOSITORY, environment, free_port, kill_all
 
 pytestmark = pytest.mark.dist
 
-# A small job with a fault in step 3 of rank `who`; argv: fault, who, time-out in seconds. Faster than in a real run.
+# A small job with a fault in step 3 of rank `who`; argv: fault, who, time-out in seconds[, far: each rank on
+# its own machine]. Faster than in a real run.
 PROGRAM = """
 import ctypes, os, signal, sys, time
 from datetime import timedelta
@@ -29,6 +30,8 @@ from megalite.training.watchdog import Watchdog
 
 watchdog.BEAT, watchdog.SILENCE, watchdog.LINGER = 0.25, 2.0, 1.0
 fault, who, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+if "far" in sys.argv:
+    watchdog._machine = lambda: os.environ["RANK"]
 
 
 def raise_(error):
@@ -93,11 +96,21 @@ def start(tmp_path, *arguments: str) -> tuple[list[int], list[str]]:
             ranks.append(subprocess.Popen(command, env=environment() | shared | own, stderr=log))
     try:
         codes = [process.wait(timeout=60) for process in ranks]
+    except subprocess.TimeoutExpired:
+        pytest.fail("still running\n" + "\n".join((tmp_path / rank).read_text() for rank in ("0", "1")))
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     return codes, [(tmp_path / rank).read_text() for rank in ("0", "1")]
+
+
+def one_error(text: str) -> str:
+    """The one line of error that is in it. (torch may complain, too, of connections that break.)"""
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0]
 
 
 RANK = [f"rank {rank} (stage 0, data 0, context 0, tensor {rank})" for rank in (0, 1)]
@@ -109,10 +122,8 @@ def test_killed(tmp_path, who):
     other = 1 - who
     assert codes[who] == -signal.SIGKILL
     assert codes[other] == 70
-    # One line; nothing of what torch says of broken connections.
-    assert re.fullmatch(
-        rf"error: {re.escape(RANK[who])} is gone \(pid .*\): killed, or crashed, last seen at .*\n", errors[other]
-    )
+    line = rf"error: {re.escape(RANK[who])} is gone \(pid .*\): killed, or crashed, last seen at .*"
+    assert re.fullmatch(line, one_error(errors[other]))
 
 
 @pytest.mark.parametrize(
@@ -133,14 +144,12 @@ def test_hanging(tmp_path, fault, who, parts):
     codes, errors = start(tmp_path, fault, str(who), "3")
     assert codes[1 - who] == 70
     assert codes[who]
-    text = "".join(errors)
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, text
-    assert lines[0].startswith(f"error: {RANK[who]} ")
+    line = one_error("".join(errors))
+    assert line.startswith(f"error: {RANK[who]} ")
     for part in parts:
-        assert part in lines[0]
-    assert "last seen at step" in lines[0] or fault == "loop"
-    assert re.search(r"^rank +for +doing +in communication$", text, re.M)
+        assert part in line
+    assert "last seen at step" in line or fault == "loop"
+    assert re.search(r"^rank +for +doing +in communication$", "".join(errors), re.M)
     # Where in Python it hangs; a stopped process cannot say.
     assert ("in endless_loop" if fault == "loop" else "program.py") in errors[who] or fault == "stop"
 
@@ -148,10 +157,20 @@ def test_hanging(tmp_path, fault, who, parts):
 def test_waiting_for_each_other(tmp_path):
     codes, errors = start(tmp_path, "other collective", "1", "3")
     assert codes == [70, 70]
-    text = "".join(errors)
-    assert text.count("error: ") == 1
-    assert "the ranks wait for each other: rank 0 waits in all_reduce (tensor group) for rank 1; " in text
-    assert "rank 1 waits in barrier (control group) for rank 0" in text
+    line = one_error("".join(errors))
+    assert "the ranks wait for each other: rank 0 waits in all_reduce (tensor group) for rank 1; " in line
+    assert "rank 1 waits in barrier (control group) for rank 0" in line
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_killed_on_another_machine(tmp_path, who):
+    """Its process cannot be seen, but it says nothing more; rank 0 takes the store with it."""
+    codes, errors = start(tmp_path, "kill", str(who), "30", "far")
+    other = 1 - who
+    assert codes[other] == 70
+    line = one_error(errors[other])
+    assert line.startswith(f"error: {RANK[who]} ")
+    assert "does not answer: it is gone or frozen, or its machine is" in line
 
 
 @pytest.mark.parametrize("fault", ["none", "slow", "long"])

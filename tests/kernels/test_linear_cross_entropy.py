@@ -116,7 +116,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.products += "mm" in function.name()
+        self.products += "mm" in function.name() or "linear" in function.name()
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         self.largest = max(self.largest, *(leaf.numel() for leaf in leaves), 0)
         return result
@@ -161,19 +161,22 @@ def test_it_never_holds_all_logits(device, choice, kind):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "row_bytes", "chunk"),
+    ("tokens", "row_bytes", "on", "chunk"),
     [
-        (8192, 2 * 32768, 4096),
-        (8192, 2 * 131072, 2048),
-        (8192, 4 * 131072, 1024),
-        (4097, 2 * 32768, 2112),  # two alike, not one of one token
-        (100, 2 * 32768, 128),
-        (8192, 2**30, 256),
-        (0, 64, 64),
+        (8192, 2 * 32768, "cuda", 4096),
+        (8192, 2 * 131072, "cuda", 2048),
+        (8192, 4 * 131072, "cuda", 1024),
+        (4097, 2 * 32768, "cuda", 2112),  # two alike, not one of one token
+        (100, 2 * 32768, "cuda", 128),
+        (8192, 2**30, "cuda", 256),
+        (0, 64, "cuda", 64),
+        (2048, 4 * 4096, "cpu", 1024),
+        (8192, 4 * 131072, "cpu", 256),
+        (100, 4 * 4096, "cpu", 128),
     ],
 )
-def test_default_chunks(tokens, row_bytes, chunk):
-    assert _chunk_tokens(tokens, row_bytes) == chunk
+def test_default_chunks(tokens, row_bytes, on, chunk):
+    assert _chunk_tokens(tokens, row_bytes, on) == chunk
 
 
 # Where it is used

@@ -1,10 +1,13 @@
 """The operators against fp64 references, forward and backward."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from megalite import kernels
+from megalite.layers.rope import rope_angles
 
 # fp32: sums of about a hundred terms, each rounded at 6e-8. bf16: inputs are exact for both sides, so what differs is
 # the rounding (2^-9) of the result and of one or two intermediate results.
@@ -24,6 +27,11 @@ def upstream_of(y: Tensor, kind: str) -> Tensor:
         return torch.full((), 0.75, dtype=y.dtype).expand(y.shape)
     dense = draw(*y.shape, dtype=y.dtype, seed=99).detach()
     return dense if kind == "dense" else torch.stack((dense, dense), -1)[..., 0]
+
+
+def file_of(operator: str):
+    """The module, of which the package shows the function."""
+    return importlib.import_module(f"megalite.kernels.{operator}")
 
 
 def compare(function, reference, inputs: list[Tensor], kind: str = "dense") -> None:
@@ -123,16 +131,40 @@ def test_rope_at_angle_zero_is_the_identity():
     assert torch.equal(rotated, q)
 
 
+def test_rope_rounds_bf16_once():
+    q, (cos, sin) = draw(50, 1, 4, 16, dtype=torch.bfloat16), angles(50, 1, 16)
+    got, want = kernels.rope(q, q, cos, sin)[0].double(), rope_reference(q.double(), cos, sin)
+    assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-6).all()
+
+
+def test_rope_lays_its_results_out_for_attention():
+    results = kernels.rope(draw(5, 3, 4, 8), draw(5, 3, 2, 8, seed=1), *angles(5, 1, 8))
+    assert all(x.permute(1, 2, 0, 3).is_contiguous() for x in results)
+
+
+@pytest.mark.parametrize(("positions", "rows"), [([[0, 1, 2]], 1), ([[0, 1, 2]] * 2, 1), ([[0, 1, 2], [0, 1, 0]], 2)])
+def test_rows_with_the_same_positions_share_their_angles(positions, rows):
+    positions = torch.tensor(positions)
+    cos, sin = rope_angles(positions, 4, 100.0)
+    assert cos.shape == sin.shape == (3, rows, 1, 2)
+    angle = positions.t()[..., None, None] * torch.tensor([1.0, 0.1])
+    torch.testing.assert_close([cos.expand_as(angle), sin.expand_as(angle)], [angle.cos(), angle.sin()])
+
+
 # SwiGLU
 
 
 @DTYPES
 @SIZES
 @UPSTREAMS
-def test_swiglu(dtype, size, kind):
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("block", [None, 200])  # rows, of which there are ten, all at once; or 200, 28 and 2
+def test_swiglu(monkeypatch, dtype, size, kind, packed, block):
+    if block:
+        monkeypatch.setattr(file_of("swiglu"), "_CPU_BLOCK", block // torch.get_num_threads())
     both = draw(5, 2, 2 * size, dtype=dtype)  # as the MLP gives them: two views of one matrix product
     compare(
-        lambda x: kernels.swiglu(*x.chunk(2, -1)),
+        kernels.swiglu_packed if packed else lambda x: kernels.swiglu(*x.chunk(2, -1)),
         lambda x: x[..., :size] / (1 + (-x[..., :size]).exp()) * x[..., size:],
         [both],
         kind,
@@ -170,7 +202,10 @@ def draw_targets(*shape: int, vocabulary: int) -> Tensor:
 @pytest.mark.parametrize("vocabulary", [1, 7, 100, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @UPSTREAMS
-def test_cross_entropy(dtype, vocabulary, z_loss, kind):
+@pytest.mark.parametrize("block", [None, 500])  # rows, of which there are 27, all at once; or 500, 71, 5 and 1
+def test_cross_entropy(monkeypatch, dtype, vocabulary, z_loss, kind, block):
+    if block:
+        monkeypatch.setattr(file_of("cross_entropy"), "_CPU_BLOCK", block)
     targets = draw_targets(9, 3, vocabulary=vocabulary)
     logits = draw(9, 3, vocabulary, dtype=dtype)
     compare(
@@ -191,6 +226,12 @@ def test_cross_entropy_computes_in_fp32_from_bf16():
         loss.double(), cross_entropy_reference(logits.double(), targets), **TOLERANCE[torch.float32]
     )
     assert torch.autograd.grad(loss.sum(), logits)[0].dtype == torch.bfloat16
+
+
+def test_a_part_of_a_row_without_logits_adds_nothing():
+    nothing, elsewhere = torch.full((2, 5), -torch.inf), torch.tensor([-1, -1])
+    rows = file_of("cross_entropy").statistics(nothing, elsewhere, 0.0, False, False)
+    assert rows.tolist() == [[-torch.inf, 0.0, 0.0, 0.0, 0.0]] * 2
 
 
 def test_cross_entropy_is_that_of_torch():
