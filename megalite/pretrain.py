@@ -10,6 +10,7 @@ from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Threads that wait for each other at once sleep instead of spinning for long: where something else wants a core, a step
 # was seen to take a fifth less time, and no more on idle ones. libgomp reads it when torch is loaded.
@@ -21,10 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from megalite.config import Config
 from megalite.config_check import check, check_schedule, resolve_batch
 from megalite.config_ds import read_ds_config
-from megalite.config_loader import format_config, load_config
+from megalite.config_loader import LoadedConfig, format_config, load_config
 from megalite.errors import ConfigError, run_main
 from megalite.model.partition import partition
 from megalite.pipeline.schedules import build
+
+if TYPE_CHECKING:
+    from megalite.topology import Topology
+    from megalite.training.watchdog import Watchdog
 
 
 def main() -> int:
@@ -40,14 +45,28 @@ def main() -> int:
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.
     from megalite.topology import LaunchEnvironment, Topology
+    from megalite.training.watchdog import MARGIN, Watchdog
 
+    timeout = timedelta(minutes=config.training.timeout_minutes)
     topology = Topology(
         LaunchEnvironment.read(),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
-        timeout=timedelta(minutes=config.training.timeout_minutes),
+        timeout=timeout + MARGIN,
     )
+    with Watchdog(topology, timeout) as watchdog:
+        train(loaded, layers, ds_config, topology, watchdog)
+    topology.close()
+    return 0
+
+
+def train(
+    loaded: LoadedConfig, layers: list[range], ds_config: dict, topology: "Topology", watchdog: "Watchdog"
+) -> None:
+    """Build what the configuration says, resume, train to the end."""
+    config = loaded.config
+    parallel = config.parallel
     topology.together(use_kernels, config.model.kernels, topology.device.type)
     # The topology has settled the device, which DeepSpeed asks for at import.
     from megalite.data.sources import open_data, open_loader
@@ -63,13 +82,15 @@ def main() -> int:
     topology.together(check_training, config, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
     topology.together(build, parallel.schedule_name, 0, parallel.pipeline, parallel.virtual, accumulation)
+    watchdog.at("opening the data")
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
     max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
     found, branched_from = find_resume(config, topology)
 
+    watchdog.at("building the model, and resuming")
     engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
-    trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps)
+    trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps, watchdog.at)
     notice = trainer.resume(found, branched_from) if found is not None else None
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
 
@@ -96,8 +117,6 @@ def main() -> int:
     if meters.active:  # the summary reads the validation data once more
         meters.print(report.summary(result, trainer.step, sources.validation, training.eval_sequences))
     meters.close()
-    topology.close()
-    return 0
 
 
 def use_kernels(setting: str | dict[str, str], device: str) -> None:

@@ -68,6 +68,7 @@ def main():
             if step == 3 and fault == "long":
                 time.sleep(2 * timeout)  # all compute, and nobody waits
             elif step == 3 and fault == "together":
+                time.sleep(topology.rank)  # one has more to clear up
                 raise UserError("the loss is nan").everywhere()
             elif step == 3 and topology.rank == who:
                 FAULTS[fault](topology)
@@ -95,7 +96,7 @@ def start(tmp_path, *arguments: str) -> tuple[list[int], list[str]]:
             command = [sys.executable, str(program), *arguments]
             ranks.append(subprocess.Popen(command, env=environment() | shared | own, stderr=log))
     try:
-        codes = [process.wait(timeout=60) for process in ranks]
+        codes = [process.wait(timeout=100) for process in ranks]
     except subprocess.TimeoutExpired:
         pytest.fail("still running\n" + "\n".join((tmp_path / rank).read_text() for rank in ("0", "1")))
     finally:
