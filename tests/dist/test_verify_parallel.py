@@ -1,7 +1,6 @@
 """tools/verify_parallel.py: a covering choice of layouts is right, and what is wrong is noticed, named and ends."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -80,7 +79,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
         process.kill()
     assert (process.returncode, errors) == (130, "interrupted\n")
     assert not [child for child in children if child.is_running()]
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.glob("verify-parallel-*"))
 
 
 @pytest.fixture(scope="module")
