@@ -122,8 +122,9 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
 
 
 def interruptible() -> None:
-    """For preexec_fn: Ctrl-C ends the process even where the tests run in the background, which ignores it."""
+    """For preexec_fn: SIGINT and SIGQUIT end the process, which those that run in the background ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def free_port() -> int:
