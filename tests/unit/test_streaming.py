@@ -1,15 +1,7 @@
 """Training from text: which windows come when, on how many ranks whatever, and going on from a place in a file."""
 
-import json
-import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from contextlib import nullcontext
-from copy import copy
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,36 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data import lanes, streaming
-from megalite.data.encoders import open_encoder
-from megalite.data.indexed import IndexedDataset, token_dtype
-from megalite.data.inputs import expand_inputs
+from megalite.data import lanes
+from megalite.data.indexed import IndexedDataset
 from megalite.data.lanes import BlockReader, Position
-from megalite.data.streaming import StreamingLoader, block_of
-from megalite.data.tokenizer import Tokenizer
-from megalite.errors import UserError
+from megalite.data.streaming import block_of
+from tests.unit.stream_ranks import SIZE, Ranks, loader
 from tests.unit.token_files import build, random_documents, write_jsonl
 
-SIZE = 5
-pytestmark = pytest.mark.usefixtures("working_folder")
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer_dir):
-    tokenizer = Tokenizer(tokenizer_dir)
-    return open_encoder(tokenizer, "tokenizers", token_dtype(tokenizer.vocab_size))
-
-
-@pytest.fixture(autouse=True)
-def opened_once(monkeypatch, encoder):
-    """Opening an encoder checks it, which takes longer than most of these tests."""
-    for module in (lanes, streaming):
-        monkeypatch.setattr(module, "open_encoder", lambda *_: copy(encoder))
-
-
-@pytest.fixture
-def few_lanes(monkeypatch):
-    monkeypatch.setattr(streaming, "LANES", 12)
+pytestmark = pytest.mark.usefixtures("working_folder", "opened_once")
 
 
 @pytest.fixture
@@ -54,60 +24,6 @@ def small_pieces(monkeypatch):
     """So that texts of some hundred bytes are read and encoded in pieces."""
     for name, value in (("PIECE", 40), ("BORDER", 64), ("READ", 100), ("BATCH_PIECES", 7)):
         monkeypatch.setattr(lanes, name, value)
-
-
-def loader(tokenizer_dir, files, dp_rank=0, dp_size=1, global_batch=12, **options):
-    options = {
-        "block_size": SIZE, "seed": 1, "encoder": "tokenizers", "workers": 0, "shuffle_buffer": 48, "accumulation": 2
-    } | options  # fmt: skip
-    micro_batch = global_batch // dp_size // options["accumulation"]
-    return StreamingLoader(
-        expand_inputs(files), str(tokenizer_dir), micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size, **options
-    )
-
-
-class Ranks:
-    """All ranks of a run, one after the other."""
-
-    def __init__(self, tokenizer_dir, files, dp_size=1, **options):
-        self.loaders = [loader(tokenizer_dir, files, rank, dp_size, **options) for rank in range(dp_size)]
-
-    def steps(self, count):
-        """[each step's windows in the order of their samples]."""
-        found = []
-        for _ in range(count):
-            first, samples = self.loaders[0].consumed_samples, {}
-            for rank, each in enumerate(self.loaders):
-                batches = each.next_step()
-                assert len(batches) == each.accumulation
-                tokens = np.concatenate([batch.tokens.numpy() for batch in batches])
-                labels = np.concatenate([batch.labels.numpy() for batch in batches])
-                assert (tokens[:, 1:] == labels[:, :-1]).all()
-                start = first + (rank - first) % len(self.loaders)
-                for i, (row, label) in enumerate(zip(tokens.tolist(), labels[:, -1].tolist(), strict=True)):
-                    samples[start + i * len(self.loaders)] = [*row, label]
-            assert sorted(samples) == list(range(first, self.loaders[0].consumed_samples))
-            found.append([samples[k] for k in sorted(samples)])
-        return found
-
-    def state(self):
-        own = []
-        for each in self.loaders:
-            each.gather = lambda mine: own.append(mine) or [mine] * len(self.loaders)
-            with pytest.raises(ValueError, match="lanes") if len(self.loaders) > 1 else nullcontext():
-                each.state_dict()
-        for each in self.loaders:
-            each.gather = lambda mine: own
-        states = [each.state_dict() for each in self.loaders]
-        assert all(state == states[0] for state in states)
-        return json.loads(json.dumps(states[0]))
-
-    def load(self, state):
-        assert [each.load_state_dict(state) for each in self.loaders] == [None] * len(self.loaders)
-        return self
-
-
-# ------------------------------------------------------------------------------------------------- the same documents
 
 
 def write_texts(form):
@@ -177,16 +93,6 @@ def test_every_epoch_deals_out_every_byte_once_in_an_order_of_its_own(tokenizer_
     assert segments != sorted(segments)
     others = range((epoch + 1) * corpus.ends[-1], (epoch + 2) * corpus.ends[-1])
     assert [(file.path, start, end) for file, start, end in map(corpus.segment, others)] != segments
-
-
-# ------------------------------------------------------------------------------------------------- order and resuming
-
-
-@pytest.fixture
-def corpus(few_lanes):
-    rng = random.Random(1)  # numbers: no window is like another
-    write_jsonl("a.jsonl", [str(rng.randrange(10 ** rng.randrange(1, 200))) for _ in range(200)])
-    return ["a.jsonl"]
 
 
 @pytest.mark.parametrize(("dp_size", "accumulation"), [(2, 1), (3, 4), (4, 3), (12, 1)])
@@ -296,166 +202,3 @@ def test_documents_are_told_apart_where_asked_for(tokenizer_dir, corpus):
     plain = loader(tokenizer_dir, corpus, block_size=40).next_step()[0]
     assert plain.documents is None
     assert plain.positions[0].tolist() == list(range(40))
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-def test_other_data_or_another_order_is_refused(tokenizer_dir, corpus):
-    state = Ranks(tokenizer_dir, corpus).state()
-    with pytest.raises(UserError, match="the seed changed: 1 in the checkpoint, 2 now"):
-        loader(tokenizer_dir, corpus, seed=2).load_state_dict(state)
-    for change in ({"block_size": 6}, {"shuffle_buffer": 49}, {"json_key": "other"}, {"split_on": "line"}):
-        with pytest.raises(UserError, match=r"shuffle_buffer changed: fingerprint .* --data.allow_changed_data"):
-            loader(tokenizer_dir, corpus, **change).load_state_dict(state)
-    os.mkdir("moved")
-    os.rename("a.jsonl", "moved/a.jsonl")
-    assert loader(tokenizer_dir, ["moved/a.jsonl"]).load_state_dict(state) is None
-    with open("moved/a.jsonl", "r+b") as file:
-        file.write(b" ")
-    with pytest.raises(UserError, match="the training text"):
-        loader(tokenizer_dir, ["moved/a.jsonl"]).load_state_dict(state)
-
-
-def test_changed_data_where_allowed_is_read_from_its_start(tokenizer_dir, corpus):
-    ranks = Ranks(tokenizer_dir, corpus)
-    ranks.steps(3)
-    write_jsonl("b.jsonl", random_documents(50, seed=9))
-    other = Ranks(tokenizer_dir, ["b.jsonl"], allow_changed_data=True)
-    assert "going on from the start of the data" in other.loaders[0].load_state_dict(ranks.state())
-    expected = Ranks(tokenizer_dir, ["b.jsonl"]).steps(9)
-    assert other.steps(4) == expected[:4]
-    assert other.loaders[0].consumed_samples == 7 * 12
-    assert Ranks(tokenizer_dir, ["b.jsonl"], 3).load(other.state()).steps(5) == expected[4:]
-    changed = loader(tokenizer_dir, ["b.jsonl"], allow_changed_data=True)
-    assert "fingerprint" in changed.load_state_dict({"seed": 1, "consumed_samples": 5, "fingerprint": "of an index"})
-
-
-def test_lanes_are_dealt_out_to_ranks_that_divide_them(tokenizer_dir, corpus):
-    seven = Ranks(tokenizer_dir, corpus, 7, global_batch=14)
-    seven.steps(3)
-    state, expected = seven.state(), list(chain(*seven.steps(10)))
-    assert len(state["lanes"]) == 14  # 12 of which could not be dealt out to seven
-    assert list(chain(*Ranks(tokenizer_dir, corpus, 2, global_batch=20).load(state).steps(7))) == expected
-    message = r"in 14 lanes, which .* 3 data-parallel ranks: go on with one of 1, 2, 7, 14$"
-    with pytest.raises(UserError, match=message):
-        loader(tokenizer_dir, corpus, 0, 3).load_state_dict(state)
-
-
-@pytest.mark.parametrize("content", ["", "\n \n\r\n" * 3000])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_no_text_at_all(tokenizer_dir, name, content):
-    Path(name).write_text(content, encoding="utf-8", newline="")
-    with pytest.raises(UserError, match=f'no text in "{name}": there is nothing to train on'):
-        loader(tokenizer_dir, [name], split_on="line").next_step()
-
-
-def test_almost_no_text_is_found(tokenizer_dir, few_lanes):
-    Path("a.txt").write_text("\n" * 40_000 + "fox\n" + "\n" * 40_000, encoding="utf-8")
-    [windows] = Ranks(tokenizer_dir, ["a.txt"], split_on="line", shuffle_buffer=1).steps(1)
-    assert len(windows) == 12
-    assert len({token for window in windows for token in window}) < 5
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.parquet"])
-def test_what_has_no_places_to_go_on_from_is_refused(tokenizer_dir, name):
-    Path(name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{name}: streaming needs plain .*preprocess_data"):
-        loader(tokenizer_dir, [name])
-
-
-@pytest.mark.parametrize(
-    ("name", "split_on", "bad", "line", "reason"),
-    [
-        ("a.jsonl", "none", b'{"text": 1}', 301, "not a string"),
-        ("a.jsonl", "none", b'{"text": "', 301, "broken JSON"),
-        ("a.txt", "none", b"a\n\xff", 302, "invalid UTF-8"),
-        ("a.txt", "line", b"\xc3", 301, "invalid UTF-8"),
-        ("a.txt", "blank", b"a\n\xc3\n", 302, "invalid UTF-8"),
-    ],
-)
-def test_a_bad_document_is_named(tokenizer_dir, few_lanes, name, split_on, bad, line, reason):
-    good = b'{"text": "the quick brown fox"}\n'
-    Path(name).write_bytes(good * 300 + bad + b"\n" + good * 300)
-    with pytest.raises(UserError, match=rf"^{name}:{line}: .*{reason}.*--on-error skip"):
-        Ranks(tokenizer_dir, [name], split_on=split_on).steps(3000)
-
-
-def test_impossible_arguments(tokenizer_dir):
-    write_jsonl("a.jsonl", ["the fox"])
-    for wrong in ({"dp_rank": 1}, {"block_size": 0}, {"shuffle_buffer": 0}, {"workers": -1}, {"accumulation": 13}):
-        with pytest.raises(ValueError, match="impossible loader"):
-            loader(tokenizer_dir, ["a.jsonl"], **wrong)
-    with pytest.raises(UserError, match='split_on "page" is none of'):
-        loader(tokenizer_dir, ["a.jsonl"], split_on="page")
-    started = loader(tokenizer_dir, ["a.jsonl"])
-    state = started.state_dict()
-    started.next_step()
-    with pytest.raises(RuntimeError, match="before the first step"):
-        started.load_state_dict(state)
-    started.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        started.next_step()
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-def test_workers_give_what_one_process_gives_and_end_at_once(tokenizer_dir, corpus):
-    expected = Ranks(tokenizer_dir, corpus).steps(30)
-    ranks = Ranks(tokenizer_dir, corpus, workers=2)
-    assert ranks.steps(30) == expected
-    assert len(multiprocessing.active_children()) == 2
-    [only] = ranks.loaders
-    only.close()
-    only.close()
-    assert not multiprocessing.active_children()
-
-
-def test_a_dead_worker_ends_the_run(tokenizer_dir, corpus):
-    ranks = Ranks(tokenizer_dir, corpus, workers=1)
-    ranks.steps(1)
-    [worker] = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    with pytest.raises(UserError, match="a process that tokenizes died"):
-        ranks.steps(100)
-    assert not multiprocessing.active_children()
-
-
-def test_what_a_worker_raises_arrives(tokenizer_dir):
-    Path("a.jsonl").write_text('{"text": "fox"}\n' * 9 + "[]\n", encoding="utf-8")
-    ranks = Ranks(tokenizer_dir, ["a.jsonl"], workers=1)
-    with pytest.raises(UserError, match=r"^a.jsonl:10: not a JSON object"):
-        ranks.steps(100)
-    assert not multiprocessing.active_children()
-    with pytest.raises(RuntimeError, match="the loader is closed"):
-        ranks.steps(1)
-
-
-PARENT = """
-import multiprocessing, sys, time
-from megalite.data.inputs import expand_inputs
-from megalite.data.streaming import StreamingLoader
-if __name__ == "__main__":
-    loader = StreamingLoader(
-        expand_inputs(["a.jsonl"]), sys.argv[1], block_size=5, micro_batch=1, accumulation=1, dp_rank=0, dp_size=1,
-        seed=1, workers=1, encoder="tokenizers",
-    )
-    loader.next_step()
-    print(multiprocessing.active_children()[0].pid, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_workers_die_with_a_killed_parent(tokenizer_dir, corpus):
-    Path("parent.py").write_text(PARENT, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "parent.py", str(tokenizer_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
-        worker = int(parent.stdout.readline())
-        parent.kill()
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
