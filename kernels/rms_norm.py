@@ -213,12 +213,31 @@ def _most_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def _forward_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_forward`, in fp32 or fp64: fewer passes than torch's own, and results in place of what they come from."""
+    z = x if residual is None else x + residual
+    y = torch.mul(z, z, out=z.new_empty(z.shape))
+    r = y.mean(-1).add_(eps).rsqrt_()
+    torch.mul(z, r.unsqueeze(-1), out=y).mul_(weight)
+    return y, z, r
+
+
+def _backward_torch(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_backward`."""
+    products = torch.mul(dy, z, out=z.new_empty(z.shape)).view(-1, z.shape[-1])
+    dw = products.t() @ r.view(-1)
+    along_z = (products @ weight).view(r.shape).mul_(r).mul_(r).div_(-z.shape[-1]).unsqueeze(-1)
+    dx = torch.mul(dy, weight, out=products.view(z.shape)).addcmul_(z, along_z).mul_(r.unsqueeze(-1))
+    return dx if dz is None else dx.add_(dz), dw
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
-        y, z, r = _forward(x, weight, eps, residual)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, triton_runs: bool):
+        y, z, r = (_forward if triton_runs else _forward_torch)(x, weight, eps, residual)
         ctx.save_for_backward(x if residual is None else z, weight, r)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.triton_runs = triton_runs
         ctx.set_materialize_grads(False)
         return y if residual is None else (y, z)
 
@@ -226,9 +245,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor | None, dz: Tensor | None = None):
         z, weight, r = ctx.saved_tensors
-        dx, dw = (dz, None) if dy is None else _backward(dy, dz, z, weight, r)
+        run = _backward if ctx.triton_runs else _backward_torch
+        dx, dw = (dz, None) if dy is None else run(dy, dz, z, weight, r)
         to_x, to_residual = (None if dtype is None or dx is None else dx.to(dtype) for dtype in ctx.dtypes)
-        return to_x, dw, None, to_residual
+        return to_x, dw, None, to_residual, None
 
 
 def rms_norm(
@@ -237,8 +257,12 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * weight, with the statistics in at least fp32.
 
     x: [..., h], weight: [h] -> [..., h] in x's dtype. With `residual` [..., h] it normalises x + residual and
-    returns (the result, x + residual): the second is the new residual stream. No second derivative from Triton.
+    returns (the result, x + residual): the second is the new residual stream. No second derivative from Triton, nor on
+    a CPU.
     """
-    if not choose("rms_norm", x, weight, residual):
-        return rms_norm_reference(x, weight, eps, residual)
-    return _RMSNorm.apply(x, weight, eps, residual)
+    triton_runs = choose("rms_norm", x, weight, residual)
+    dtypes = {tensor.dtype for tensor in (x, weight, residual) if tensor is not None}
+    wide = x.device.type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
+    if triton_runs or (wide and not torch.compiler.is_compiling()):
+        return _RMSNorm.apply(x, weight, eps, residual, triton_runs)
+    return rms_norm_reference(x, weight, eps, residual)

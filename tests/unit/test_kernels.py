@@ -80,6 +80,25 @@ def test_rms_norm_with_residual(dtype, size, kind):
     compare(fused, reference, inputs, kind)
 
 
+@pytest.mark.parametrize("used", [0, 1, None])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_rms_norm_of_other_layouts_with_results_that_nobody_uses(rows, used):
+    def views(x, residual):
+        return x.transpose(0, 2), residual[:1].expand(5, -1, -1)
+
+    def fused(x, residual, weight):
+        x, residual = views(x, residual)
+        both = kernels.rms_norm(x, weight, residual=residual)
+        return both if used is None else both[used] + 0 * weight
+
+    def reference(x, residual, weight):
+        total = sum(views(x, residual))
+        both = rms_norm_reference(total, weight), total
+        return both if used is None else both[used] + 0 * weight
+
+    compare(fused, reference, [draw(7, rows, 5), draw(2, rows, 7, seed=1), draw(7, seed=2)])
+
+
 def test_rms_norm_keeps_its_statistics_in_fp32():
     """In fp16, 300^2 is infinite; in bf16, a sum of 4096 ones stops at 256."""
     large = torch.full((1, 64), 300.0, dtype=torch.float16)
