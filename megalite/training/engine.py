@@ -29,6 +29,7 @@ from megalite.training.requirements import zero_stage
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecation notices of its dependencies, at import
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
     from deepspeed.sequence.layer import DistributedAttention
     from deepspeed.utils import (
@@ -420,6 +421,7 @@ def _prepare(topology: Topology, log_level: str) -> None:
     # (By sys.modules, since `deepspeed.comm.torch` as an attribute is the real torch.)
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.utils.logging.logger.setLevel(getattr(logging, log_level.upper()))
+    bf16_optimizer.see_memory_usage = lambda message, force=False: None  # it prints, whatever the level
     warnings.filterwarnings("ignore", module="deepspeed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*reduce_scatter_tensor.*")
