@@ -10,6 +10,7 @@ from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Threads that wait for each other at once sleep instead of spinning for long: where something else wants a core, a step
 # was seen to take a fifth less time, and no more on idle ones. libgomp reads it when torch is loaded.
@@ -21,10 +22,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from megalite.config import Config
 from megalite.config_check import check, check_schedule, resolve_batch
 from megalite.config_ds import read_ds_config
-from megalite.config_loader import format_config, load_config
+from megalite.config_loader import LoadedConfig, format_config, load_config
 from megalite.errors import ConfigError, run_main
 from megalite.model.partition import partition
 from megalite.pipeline.schedules import build
+
+if TYPE_CHECKING:
+    from megalite.topology import Topology
 
 
 def main() -> int:
@@ -49,11 +53,23 @@ def main() -> int:
         timeout=timedelta(minutes=config.training.timeout_minutes),
     )
     topology.together(use_kernels, config.model.kernels, topology.device.type)
+    from megalite.training.checkpoint_folder import OutputLock
+
+    with topology.together(OutputLock, Path(config.checkpoint.output_dir), topology.rank == 0):
+        train(loaded, ds_config, layers, topology)
+    topology.close()
+    return 0
+
+
+def train(loaded: LoadedConfig, ds_config: dict, layers: list[range], topology: "Topology") -> None:
+    """Data, model and checkpoint, then training to the end; collective."""
+    config = loaded.config
+    parallel = config.parallel
     # The topology has settled the device, which DeepSpeed asks for at import.
     from megalite.data.sources import open_data, open_loader
     from megalite.training import report
     from megalite.training.build import build_chunks
-    from megalite.training.checkpoint import find_resume, prepare_output
+    from megalite.training.checkpoint_folder import find_resume, find_weights, prepare_output
     from megalite.training.engine import Engine
     from megalite.training.meters import Meters
     from megalite.training.requirements import check_training, zero_stage
@@ -66,11 +82,14 @@ def main() -> int:
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
     max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
-    found, branched_from = find_resume(config, topology)
+    found, branched_from, passed = find_resume(config, topology)
+    weights = find_weights(config, topology) if found is None else None
 
     engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
     trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps)
     notice = trainer.resume(found, branched_from) if found is not None else None
+    if weights is not None:
+        trainer.init_from(weights)
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
 
     run_dir = Path(config.logging.run_dir or f"runs/{trainer.output_dir.resolve().name}")
@@ -89,6 +108,10 @@ def main() -> int:
         meters.print(f"moved     checkpoints beyond step {trainer.step}, which were there, to {aside}")
     if found is not None:
         meters.print(f"resumed   from {found.folder}, step {trainer.step}")
+    if weights is not None:
+        meters.print(f"weights   from {weights.folder}")
+    for damaged in passed:
+        meters.print(f"warning   {damaged}")
     if notice is not None:
         meters.print(f"warning   {notice}")
     with closing(loader):
@@ -96,8 +119,6 @@ def main() -> int:
     if meters.active:  # the summary reads the validation data once more
         meters.print(report.summary(result, trainer.step, sources.validation, training.eval_sequences))
     meters.close()
-    topology.close()
-    return 0
 
 
 def use_kernels(setting: str | dict[str, str], device: str) -> None:
