@@ -194,7 +194,7 @@ class TrainingConfig(Section):
         None, description="Sequences evaluated of each validation set, evenly spread over it; default: all of it."
     )
     timeout_minutes: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="A collective that waits longer for another rank ends the run."
+        30.0, description="A rank that waits longer for another ends the run, naming the one that it waits for."
     )
 
 

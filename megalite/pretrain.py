@@ -29,6 +29,7 @@ from megalite.pipeline.schedules import build
 
 if TYPE_CHECKING:
     from megalite.topology import Topology
+    from megalite.training.watchdog import Watchdog
 
 
 def main() -> int:
@@ -44,25 +45,30 @@ def main() -> int:
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.
     from megalite.topology import LaunchEnvironment, Topology
+    from megalite.training.watchdog import MARGIN, Watchdog
 
+    timeout = timedelta(minutes=config.training.timeout_minutes)
     topology = Topology(
         LaunchEnvironment.read(),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
-        timeout=timedelta(minutes=config.training.timeout_minutes),
+        timeout=timeout + MARGIN,
     )
-    topology.together(use_kernels, config.model.kernels, topology.device.type)
-    from megalite.training.checkpoint_folder import OutputLock
+    with Watchdog(topology, timeout) as watchdog:
+        topology.together(use_kernels, config.model.kernels, topology.device.type)
+        from megalite.training.checkpoint_folder import OutputLock
 
-    with topology.together(OutputLock, Path(config.checkpoint.output_dir), topology.rank == 0):
-        train(loaded, ds_config, layers, topology)
+        with topology.together(OutputLock, Path(config.checkpoint.output_dir), topology.rank == 0):
+            train(loaded, layers, ds_config, topology, watchdog)
     topology.close()
     return 0
 
 
-def train(loaded: LoadedConfig, ds_config: dict, layers: list[range], topology: "Topology") -> None:
-    """Data, model and checkpoint, then training to the end; collective."""
+def train(
+    loaded: LoadedConfig, layers: list[range], ds_config: dict, topology: "Topology", watchdog: "Watchdog"
+) -> None:
+    """Build what the configuration says, resume, train to the end; collective."""
     config = loaded.config
     parallel = config.parallel
     # The topology has settled the device, which DeepSpeed asks for at import.
@@ -79,14 +85,16 @@ def train(loaded: LoadedConfig, ds_config: dict, layers: list[range], topology: 
     topology.together(check_training, config, zero_stage(ds_config), topology.device.type)
     accumulation, global_batch = topology.together(resolve_batch, config, topology.grid.data)
     topology.together(build, parallel.schedule_name, 0, parallel.pipeline, parallel.virtual, accumulation)
+    watchdog.at("opening the data")
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
     max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
     found, branched_from, passed = find_resume(config, topology)
     weights = find_weights(config, topology) if found is None else None
 
+    watchdog.at("building the model, and resuming")
     engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
-    trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps)
+    trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps, watchdog.at)
     notice = trainer.resume(found, branched_from) if found is not None else None
     if weights is not None:
         trainer.init_from(weights)

@@ -1,5 +1,6 @@
 """Who sits where: the launcher's environment, the grid of ranks (pure), and the process groups cut from it."""
 
+import ctypes
 import os
 import re
 from dataclasses import dataclass
@@ -89,7 +90,20 @@ def pick_device(local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's detection then neither guesses nor logs
+    _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one.
+
+    Else it gives large blocks back to the system at once, and each step pays for its pages again: a twentieth of it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # neither on macOS nor in musl
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _share_cores() -> None:

@@ -31,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks that crowd each other out are several times slower
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+from megalite.config import Config
 from megalite.config_loader import load_config
 from megalite.errors import UserError, run_main
 from megalite.training.parity_cells import Cell, full, quick, shrink
@@ -39,41 +40,54 @@ from megalite.training.parity_cells import Cell, full, quick, shrink
 def main() -> int:
     options, rest = parse_options()
     config = shrink(load_config(["--config", options.config, *rest]).config)
-    ranks = 2 ** (options.max_ranks.bit_length() - 1)
-    cells = {"quick": quick, "full": full, "none": lambda config, ranks: []}[options.cells](config, ranks)
-    cells = [cell for cell in cells if options.only in str(cell)]
-    if not cells and not options.self_test:
-        raise UserError(f"--only {options.only!r}: no cell has that in its name; --list shows them")
+    cells = choose(config, options)
     if options.list:
         print("\n".join(map(str, cells)))
         return 0
     # Only now: they take seconds to import.
-    from megalite.training.parity import TOLERANCES, Bench
+    from megalite.training.parity import Bench
 
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
-        bench = Bench(config, Path(folder), options.timeout)
-        results = []
-        if cells:
-            allowed = "; ".join(f"{name} {describe(each)}" for name, each in TOLERANCES.items())
-            print(
-                f"{len(cells)} cells of up to {ranks} ranks beside one process; relative differences allowed: {allowed}"
-            )
-            width = max(len(str(cell)) for cell in cells)
-            print(f"{'':{len(str(len(cells))) * 2 + 1}}  {'cell':{width}}  loss     norm     gradient weight   seconds")
-        for number, cell in enumerate(cells, 1):
-            result = bench.run(cell)
-            results.append(result)
-            print_result(result, f"{number:{len(str(len(cells)))}}/{len(cells)}  {cell!s:{width}}")
-        failed = [result for result in results if result.problem]
-        if cells:
-            print(f"{len(cells) - len(failed)} of {len(cells)} cells ok, in {time.monotonic() - started:.0f} s")
-            for result in failed:
-                print(f"FAILED {result.cell}: {result.problem.splitlines()[0]}")
-        unnoticed = self_test(config, Path(folder, "faults"), options.timeout) if options.self_test else 0
+        results = run_cells(cells, Bench(config, Path(folder), options.timeout)) if cells else []
         if options.json:
             write_json(options.json, results)
-    return 1 if failed or unnoticed else 0
+        unnoticed = self_test(config, Path(folder, "mistakes"), options.timeout) if options.self_test else 0
+    return 1 if unnoticed or any(result.problem for result in results) else 0
+
+
+def choose(config: Config, options: argparse.Namespace) -> list[Cell]:
+    ranks = 2 ** (options.max_ranks.bit_length() - 1)
+    cells = {"quick": quick, "full": full, "none": lambda config, ranks: []}[options.cells](config, ranks)
+    cells = [cell for cell in cells if options.only in str(cell)]
+    if not cells and not options.self_test:
+        raise UserError(f"--only {options.only!r}: no cell has that in its name; --list without it shows all")
+    return cells
+
+
+def run_cells(cells: list[Cell], bench) -> list:
+    """Results, which are printed as they come."""
+    from megalite.training.parity import QUANTITIES, TOLERANCES
+
+    started = time.monotonic()
+    allowed = "; ".join(f"{name} {describe(each)}" for name, each in TOLERANCES.items())
+    print(f"{len(cells)} cells beside one process; relative differences allowed: {allowed}")
+    width, digits = max(len(str(cell)) for cell in cells), len(str(len(cells)))
+    heads = "".join(f"{quantity:9}" for quantity in QUANTITIES)
+    print(f"{'':{2 * digits + 1}}  {'cell':{width}}  {heads}seconds", flush=True)
+    results = []
+    for number, cell in enumerate(cells, 1):
+        result = bench.run(cell)
+        results.append(result)
+        values = "".join(f"{result.worst.get(quantity, math.nan):<9.1e}" for quantity in QUANTITIES)
+        verdict = "FAILED" if result.problem else "ok"
+        print(f"{number:{digits}}/{len(cells)}  {cell!s:{width}}  {values}{result.seconds:7.1f}  {verdict}", flush=True)
+        if result.problem:
+            print("    " + result.problem.replace("\n", "\n    "), flush=True)
+    failed = [result for result in results if result.problem]
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells ok, in {time.monotonic() - started:.0f} s", flush=True)
+    for result in failed:
+        print(f"FAILED {result.cell}: {result.problem.splitlines()[0]}", flush=True)
+    return results
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
@@ -102,17 +116,8 @@ def describe(tolerances: dict[str, float]) -> str:
     return ", ".join(f"{quantity} {value:g}" for quantity, value in tolerances.items())
 
 
-def print_result(result, name: str) -> None:
-    from megalite.training.parity import QUANTITIES
-
-    numbers = "  ".join(f"{result.worst.get(quantity, math.nan):.1e}" for quantity in QUANTITIES)
-    print(f"{name}  {numbers}  {result.seconds:7.1f}  {'FAILED' if result.problem else 'ok'}", flush=True)
-    if result.problem:
-        print("    " + result.problem.replace("\n", "\n    "), flush=True)
-
-
-def self_test(config, folder: Path, timeout: float) -> int:
-    """Each fault in a cell that is right without it; returns how many were not noticed."""
+def self_test(config: Config, folder: Path, timeout: float) -> int:
+    """Each mistake in a cell that is right without it; returns how many were not noticed by the comparison."""
     from megalite.training.parity import Bench
     from tools.verify_parallel_faults import FAULTS
 
@@ -124,14 +129,16 @@ def self_test(config, folder: Path, timeout: float) -> int:
     for fault in FAULTS:
         if fault.cell not in right:
             right[fault.cell] = bench.run(fault.cell).problem
-        found = bench.run(fault.cell, fault.plant).problem
+        result = bench.run(fault.cell, fault.plant)
         if right[fault.cell]:
-            verdict = f"UNCLEAR: {fault.cell} fails without it: {right[fault.cell].splitlines()[0]}"
+            verdict = f"UNCLEAR: without it too {right[fault.cell].splitlines()[0]}"
+        elif not result.worst:
+            verdict = f"UNCLEAR: nothing to compare: {result.problem}"
         else:
-            verdict = f"noticed: {found.splitlines()[0]}" if found else "NOT NOTICED"
+            verdict = f"noticed: {result.problem}" if result.problem else "NOT NOTICED"
         unnoticed += not verdict.startswith("noticed")
         print(f"mistake  {fault.name}, in {fault.cell}\n    {verdict}", flush=True)
-    print(f"{len(FAULTS) - unnoticed} of {len(FAULTS)} mistakes noticed")
+    print(f"{len(FAULTS) - unnoticed} of {len(FAULTS)} mistakes noticed", flush=True)
     return unnoticed
 
 

@@ -6,8 +6,8 @@ each rank has [s/tp, b, features] of it.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from megalite import kernels
 from megalite.comms.collectives import (
     TensorParallel,
     start_all_gather,
@@ -47,7 +47,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight)
+            return kernels.linear(x, self.weight)
         x, weight = _autocast(x, self.weight)
         return _RowParallel.apply(x, weight, self.tp.size, self.tp.group.group_name, self.tp.sequence)
 
@@ -55,7 +55,7 @@ class RowParallelLinear(nn.Module):
 def column_parallel(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     """x [s, b, in], or [s/tp, b, in], times the rows [out/tp, in] that this rank has of a matrix: [s, b, out/tp]."""
     if tp.size == 1:
-        return F.linear(x, weight)
+        return kernels.linear(x, weight)
     x, weight = _autocast(x, weight)
     return _ColumnParallel.apply(x, weight, tp.size, tp.group.group_name, tp.sequence)
 

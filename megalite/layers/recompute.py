@@ -20,6 +20,7 @@ _KEEP = {
     "aten::_scaled_dot_product_cudnn_attention",
     "megalite::gather_linear",  # with their collectives; see layers/linear.py
     "megalite::linear_reduce",
+    "mkldnn::_linear_pointwise",  # kernels/linear.py
     "torch_attn::_varlen_attn",
 }
 

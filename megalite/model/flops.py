@@ -54,31 +54,37 @@ def predict_memory(
     micro_batch: int,
     sequence: int,
     recompute: str,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    context: int = 1,
+    pipeline: int = 1,
 ) -> dict[str, float]:
     """Predicted peak bytes on one device: {"states", "activations", "total"}, and "host": activations moved there.
 
-    States: ZeRO (arXiv:1910.02054, section 3), with fp32 gradient accumulation. Activations: what autograd keeps of
-    each block, counted in the layers' own operators, and the fp32 logits of the loss. Allocator slack and
-    communication buckets are not in it.
+    data_parallel: ranks that ZeRO divides among. States: ZeRO (arXiv:1910.02054, section 3), with fp32 gradient
+    accumulation, of an even share of the model. Activations: what autograd keeps of each block, counted in the layers'
+    own operators, and the fp32 logits of the loss; of a pipeline, what 1f1b's first stage holds, with as many
+    micro-batches alive as there are stages. Allocator slack and communication buckets are not in it.
     """
-    parameters = count_parameters(model)
+    parameters = count_parameters(model) / (tensor * pipeline)
     width = 2 if low_precision and zero_stage > 0 else 4
     split = [data_parallel if zero_stage >= stage else 1 for stage in (1, 2, 3)]
     optimizer = 0 if offload else (8 + (4 if zero_stage > 0 else 0)) * parameters / split[0]
     states = width * parameters / split[2] + 4 * parameters / split[1] + optimizer
 
-    tokens = micro_batch * sequence
+    tokens = micro_batch * sequence / context
     act = 2 if low_precision else 4
     h, d, f = model.hidden_size, model.head_size, model.ffn_size
     heads = model.num_heads * d
     kv = model.kv_heads * d
-    matmuls = heads + 2 * kv + heads + h + 2 * f + h  # qkv, attention, output, gate_up, down
-    cheap = 2 * h + heads + kv + 2 * f + 2 * h  # norms, RoPE, SwiGLU, residual sums
+    between = h / (tensor if sequence_parallel else 1)  # of a token, on this rank, between the split layers
+    matmuls = (heads + 2 * kv + heads + 2 * f) / tensor + 2 * between  # qkv, attention, gate_up; output, down
+    cheap = (heads + kv + 2 * f) / tensor + 4 * between  # RoPE, SwiGLU; norms, residual sums
     if model.attention == "softmax":
-        cheap += model.num_heads * sequence  # the probabilities
-    kept = {"none": matmuls + cheap, "selective": matmuls + h, "full": h, "offload": 0}[recompute]
+        cheap += model.num_heads * sequence / tensor  # the probabilities
+    kept = {"none": matmuls + cheap, "selective": matmuls + between, "full": between, "offload": 0}[recompute]
     working = matmuls + cheap if recompute != "none" else 0
-    logits = model.padded_vocab_size * (act + 8)  # the logits, their probabilities and gradient in fp32
+    logits = model.padded_vocab_size / tensor * (act + 8)  # the logits, their probabilities and gradient in fp32
     activations = tokens * (act * (kept * model.num_layers + working) + logits)
     host = tokens * act * (matmuls + cheap) * model.num_layers if recompute == "offload" else 0
     return {

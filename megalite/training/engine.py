@@ -135,6 +135,35 @@ class Engine:
         # ZeRO's optimizers wrap ours; at stage 0 DeepSpeed keeps ours as it is.
         self.is_zero = hasattr(self.optimizer, "clear_backward_seen_flag")
         self.adam = self.optimizer.optimizer if self.is_zero else self.optimizer
+        if hasattr(self.optimizer, "_model_parallel_all_reduce"):  # not ZeRO-0, nor ZeRO-1 in bf16
+            self._sum_norm_once()
+        # Of several chunks only that of the rank's last backward would have its gradients taken to the host.
+        self.hands_over_late = self.offload and self.zero_stage > 1 and len(self.chunks) > 1
+        self.awaited: dict[int, list[tuple[nn.Module, int]]] = {}  # see backward
+
+    def _sum_norm_once(self) -> None:
+        """Have ZeRO add the squared norms of a model's ranks once a step.
+
+        DeepSpeed adds those of each parameter group (at ZeRO-3 of each part of one), of which stages have different
+        numbers, and so would wait for each other for ever.
+        """
+        optimizer = self.optimizer
+        name = "_get_norm_groups" if self.zero_stage == 3 else "scaled_global_norm"
+        whole, add = getattr(optimizer, name), optimizer._model_parallel_all_reduce
+
+        def norm():
+            optimizer._model_parallel_all_reduce = lambda tensor, op: None
+            try:
+                norms = whole()
+            finally:
+                optimizer._model_parallel_all_reduce = add
+            norms = torch.stack(norms if self.zero_stage == 3 else [norms]).to(self.device, torch.float64)
+            squares = torch.where(norms < 0, math.inf, norms.square()).sum()  # -1 stands for one that is not finite
+            add(squares, torch.distributed.ReduceOp.SUM)
+            total = torch.where(squares.isfinite(), squares.sqrt(), -1.0)
+            return [total] if self.zero_stage == 3 else total
+
+        setattr(optimizer, name, norm)
 
     # One training step: begin_step, then backward per micro-batch, then step.
 
@@ -145,6 +174,9 @@ class Engine:
             # Without this a parameter whose first backward is not the step's first adds to last step's gradient.
             self.optimizer.grad_partitions_flat_buffer.zero_()
             self.optimizer.micro_step_id = 1
+        if self.hands_over_late and self.zero_stage == 2:
+            for kept in self.optimizer.accumulated_grads_in_cpu.values():  # as above
+                kept.zero_()
 
     def forward(self, chunk: int, batch: Batch, hidden: Tensor | None = None, samples: Tensor | None = None) -> Tensor:
         """Through chunk number `chunk`: hidden [s, b, h], or the micro-batch's summed loss; arguments as `Stage`'s.
@@ -153,7 +185,7 @@ class Engine:
         """
         autocast = self.zero_stage == 0 and self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=autocast):
-            return self.chunks[chunk](
+            result = self.chunks[chunk](
                 batch.tokens,
                 batch.positions,
                 batch.labels,
@@ -162,6 +194,12 @@ class Engine:
                 documents=batch.documents,
                 samples=samples,
             )
+        if self.zero_stage == 3 and torch.is_grad_enabled():
+            modules = self.chunks[chunk].modules()
+            self.awaited[chunk] = [
+                (each, each.ds_grads_remaining) for each in modules if hasattr(each, "ds_grads_remaining")
+            ]
+        return result
 
     def message(self, batch: Batch) -> tuple[tuple[int, int, int], torch.dtype]:
         """Shape and dtype of hidden between stages; under autocast the residual stream stays fp32."""
@@ -172,6 +210,11 @@ class Engine:
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Differentiate a scalar; gradients are averaged over the ranks of the ZeRO group after the last one."""
+        # ZeRO-3 frees a module's parameters when as many gradients have come as its last forward had inputs. With
+        # several micro-batches in flight that held for the first backward alone, and the others freed nothing.
+        for modules in self.awaited.values():
+            for module, gradients in modules:
+                module.ds_grads_remaining = gradients
         if self.is_zero:
             self.optimizer.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -187,6 +230,8 @@ class Engine:
         """
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
+        if self.hands_over_late:
+            self.optimizer.finalize_gradient_accumulation_boundary()
         if self.tied is not None:
             self._sum_tied_gradients()
         norm = None

@@ -43,6 +43,7 @@ def run_forked(ranks: int, function: Callable[[int, Path], dict], folder: Path, 
     deadline = time.monotonic() + timeout
     try:
         for rank in range(ranks):
+            (folder / f"{rank}.said").touch()
             process = os.fork()
             if not process:
                 _be_rank(function, rank, folder, timeout)
@@ -91,7 +92,7 @@ def _be_rank(function: Callable[[int, Path], dict], rank: int, folder: Path, tim
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
-        said = os.open(folder / f"{rank}.said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        said = os.open(folder / f"{rank}.said", os.O_WRONLY | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
         faulthandler.enable(2)

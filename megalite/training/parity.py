@@ -195,6 +195,7 @@ def _train_plainly(config: Config, arithmetic: str, path: Path, rank: int, folde
     works = stage
     if arithmetic == "bf16":
         works = Stage(config.model, seed=training.seed, z_loss=training.z_loss, init_rounding=torch.bfloat16).bfloat16()
+    copies = list(zip(masters.values(), works.parameters(), strict=True)) if works is not stage else []
     loader = TrainLoader(
         RandomWindows(config), micro_batch=1, accumulation=GLOBAL_BATCH, dp_rank=0, dp_size=1, seed=training.seed
     )
@@ -216,9 +217,9 @@ def _train_plainly(config: Config, arithmetic: str, path: Path, rank: int, folde
                 )
             (loss / valid).backward()
             loss_sum += loss.item()
-            for master, worker in zip(masters.values(), works.parameters(), strict=True) if works is not stage else ():
-                master.grad = worker.grad.float() + (0 if master.grad is None else master.grad)
-                worker.grad = None
+            for master, copy in copies:
+                master.grad = copy.grad.float() + (0 if master.grad is None else master.grad)
+                copy.grad = None
         norm = math.sqrt(sum(master.grad.double().square().sum().item() for master in masters.values()))
         torch.nn.utils.clip_grads_with_norm_(masters.values(), training.max_grad_norm, torch.tensor(norm))
         if step == 0:
@@ -226,8 +227,8 @@ def _train_plainly(config: Config, arithmetic: str, path: Path, rank: int, folde
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for master, worker in zip(masters.values(), works.parameters(), strict=True) if works is not stage else ():
-                worker.copy_(master)
+            for master, copy in copies:
+                copy.copy_(master)
         said["losses"].append(loss_sum / valid)
         said["norms"].append(norm)
     tensors |= {f"weight {name}": master.detach().clone() for name, master in masters.items()}
@@ -252,10 +253,10 @@ def _judge(result: Result, reports: list[dict], want: dict) -> str | None:
             problems.append(f"{quantity} of step {wrong[0] + 1} is {apart[wrong[0]]:.1e} off")
     for quantity in ("gradient", "weight"):
         # The rank that is furthest off, by parameter in the model's order.
-        apart = {
-            name: max((report[quantity][name], rank) for rank, report in enumerate(reports) if name in report[quantity])
-            for name in want["names"]
-        }
+        apart = {}
+        for name in want["names"]:
+            found = [(report[quantity][name], rank) for rank, report in enumerate(reports) if name in report[quantity]]
+            apart[name] = max(found, default=(math.inf, 0))  # no rank has it
         result.worst[quantity] = max(difference for difference, _ in apart.values())
         wrong = [name for name, (difference, _) in apart.items() if not difference <= tolerances[quantity]]
         if wrong:

@@ -19,8 +19,6 @@ GLOBAL_BATCH = 16  # sequences
 STEPS = 3
 BETA1 = 0.9
 ZERO = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
-
-
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("fp32", "bf16")
 VARIANTS = ("plain", "documents", "dropout")

@@ -43,6 +43,10 @@ def banner(
         micro_batch=training.per_device_train_batch_size,
         sequence=data.block_size,
         recompute=training.activation_checkpointing,
+        tensor=topology.grid.tensor,
+        sequence_parallel=config.parallel.sequence,
+        context=topology.grid.context,
+        pipeline=topology.grid.pipeline,
     )
     global_batch = loader.global_batch
     tokens = global_batch * data.block_size

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ MAX_SKIPPED_FP16 = 20
 
 
 class Trainer:
-    """Takes an engine from the step that `resume` finds to `max_steps`."""
+    """Takes an engine from the step that `resume` finds to `max_steps`. watch(what) hears what the rank begins with."""
 
     def __init__(
         self,
@@ -41,9 +42,10 @@ class Trainer:
         loader: TrainLoader,
         eval_sets: dict[str, WindowDataset],
         max_steps: int,
+        watch: Callable[[str], None] = lambda what: None,
     ):
         self.config, self.topology, self.engine = config, topology, engine
-        self.loader, self.eval_sets, self.max_steps = loader, eval_sets, max_steps
+        self.loader, self.eval_sets, self.max_steps, self.watch = loader, eval_sets, max_steps, watch
         parallel, grid = config.parallel, topology.grid
         layout = topology.pipeline_rank, grid.pipeline, parallel.virtual
         self.actions = build(parallel.schedule_name, *layout, loader.accumulation)
@@ -58,7 +60,9 @@ class Trainer:
             stages=grid.pipeline,
             virtual=parallel.virtual,
             link=link,
+            watch=lambda what: self.watch(f"{self.phase}, {what}"),
         )
+        self.phase = "start"
         self.step = 0
         self.tokens = 0
         self.skipped_in_a_row = 0
@@ -131,6 +135,8 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step over the global batch; returns its metrics."""
         started = time.perf_counter()
+        self.phase = f"step {self.step + 1}"
+        self.watch(f"{self.phase}, reading the data")
         batches = self.loader.next_step()
         waited = time.perf_counter() - started
         batches = [self._to_device(batch) for batch in batches]
@@ -145,6 +151,7 @@ class Trainer:
         loss_sum = self.executor.run(
             self.actions, batches, lambda loss, is_last: self.engine.backward(loss * scale, is_last)
         )
+        self.watch(f"{self.phase}, summing the loss and updating the weights")
         loss = self._sum_over_all(loss_sum).item() / max(valid, 1.0)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
@@ -180,6 +187,7 @@ class Trainer:
 
         Where sets have names, "eval_losses" has the same of each.
         """
+        self.phase = f"evaluation after step {self.step}"
         sums = {name: self._evaluate_set(dataset) for name, dataset in self.eval_sets.items()}
         if not sums:
             return {"eval_loss": None}
@@ -207,6 +215,7 @@ class Trainer:
         record: of the step, to which the one before adds its metrics.
         """
         record |= self._tell(self.writer.wait())
+        self.watch(f"step {self.step}, copying the state for a checkpoint")
         state = {
             "step": self.step,
             "adam_step": self.engine.adam_step,

@@ -117,7 +117,7 @@ def _waits(waiting: dict[int, State], states: dict[int, State]) -> str:
     """Who waits where, and for whom: "ranks 0, 1 wait in all_reduce (zero group) for rank 2; rank 3 waits in ..."."""
     calls: dict[tuple, list[int]] = {}
     for rank, state in sorted(waiting.items()):
-        call = state.call or "a collective that it has begun"
+        call = state.call or "a collective begun before"
         calls.setdefault((call, state.group, state.counts.get(state.group)), []).append(rank)
     told = []
     for (call, group, count), ranks in calls.items():

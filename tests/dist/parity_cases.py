@@ -1,4 +1,4 @@
-"""Run in a process of its own, which stays without threads: python -m tests.dist.parity_cases NAME prints JSON.
+"""Run in a process of its own, which has no threads: `results(NAME)`, or python -m tests.dist.parity_cases NAME.
 
 What ranks of `megalite.training.parity` do when one fails; what they send in a step; what they hold.
 """
@@ -8,12 +8,10 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,7 @@ from megalite.training.forked import prepare, run_forked
 from megalite.training.parity import Bench, start_trainer
 from megalite.training.parity_cells import Cell, config_of, shrink
 from megalite.training.trainer import Trainer
+from tests.dist.conftest import run
 
 TIMEOUT = 100
 COUNTED = {
@@ -39,7 +38,6 @@ COUNTED = {
     "pipeline": Cell(pipeline=2),
     "virtual": Cell(pipeline=2, virtual=2),
     "context": Cell(context=2),
-    "all": Cell(tensor=2, sequence=True, pipeline=2, data=2, zero="3"),
 }
 # Of ZeRO-3: (stage3_prefetch_bucket_size, stage3_max_live_parameters, stage3_max_reuse_distance)
 KNOBS = {
@@ -48,6 +46,13 @@ KNOBS = {
     "between": (5000, 10000, 0),
     "streamed": (0, 0, 0),
 }
+
+
+def results(name: str) -> dict:
+    """What the function of that name below returns."""
+    done = run([sys.executable, "-m", "tests.dist.parity_cases", name], timeout=400)
+    assert done.code == 0, done.errors
+    return json.loads(done.output)
 
 
 # When a rank fails
@@ -97,36 +102,36 @@ def _children() -> int:
 # What is sent
 
 
-class Log(TorchDispatchMode):
-    """Each collective and message that starts on this rank: [group, operation, bytes given, how often]."""
+OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+}
+INSIDE = {"linear_reduce": linear._linear_reduce, "gather_linear": linear._gather_linear}
 
-    OPERATIONS = {
-        "allreduce_": "all_reduce",
-        "all_reduce": "all_reduce",
-        "_allgather_base_": "all_gather",
-        "allgather_": "all_gather",
-        "all_gather_into_tensor": "all_gather",
-        "_reduce_scatter_base_": "reduce_scatter",
-        "reduce_scatter_tensor": "reduce_scatter",
-        "alltoall_base_": "all_to_all",
-        "send": "send",
-    }
-    INSIDE = {"linear_reduce": linear._linear_reduce, "gather_linear": linear._gather_linear}
+
+class Log(TorchDispatchMode):
+    """Each collective and message that starts on this rank: {(group, operation, bytes given): how often}."""
 
     def __init__(self, groups: dict[str, str]):
         super().__init__()
-        self.groups, self.seen = groups, {}
+        self.groups, self.seen = groups, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name = function._schema.name.split("::")
         if namespace == "megalite":
             with self:
-                return self.INSIDE[name](*args)
+                return INSIDE[name](*args)
         if namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "recv_"):
             group = next(found for argument in reversed(args) if (found := self._name(argument)))
             given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)][-1].nbytes
-            key = self.groups.get(group, "pipeline"), self.OPERATIONS[name], given
-            self.seen[key] = self.seen.get(key, 0) + 1
+            self.seen[self.groups.get(group, "pipeline"), OPERATIONS[name], given] += 1
         return function(*args, **(kwargs or {}))
 
     @staticmethod
@@ -137,7 +142,7 @@ class Log(TorchDispatchMode):
         return argument if isinstance(argument, str) else None
 
 
-def _count(config: Config, ranks: int, zero: dict | None, rank: int, folder: Path) -> dict:
+def _count(config: Config, ranks: int, zero: dict | None, evaluate: bool, rank: int, folder: Path) -> dict:
     """What a rank starts in its fourth step; in which steps ZeRO-3 found its fetches to be others than before."""
     trainer = start_trainer(config, rank, ranks, folder / "store", zero)
     engine, topology = trainer.engine, trainer.topology
@@ -148,31 +153,36 @@ def _count(config: Config, ranks: int, zero: dict | None, rank: int, folder: Pat
         coordinator._invalidate_trace = lambda self: (invalidated.append(trainer.step + 1), whole(self))
     for _ in range(3):
         trainer.train_step()
+    if evaluate:
+        with engine.evaluation():
+            trainer.executor.evaluate(trainer.loader.next_step())
     names = ("control", "tensor", "context", "zero", "model", "sum")
     with Log({getattr(topology, f"{name}_group").group_name: name for name in names}) as log:
         trainer.train_step()
     trainer.loader.close()
     topology.close()
-    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.parameters.values()]
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.parameters.items()}
     return {
         "seen": [[*key, times] for key, times in sorted(log.seen.items())],
         "invalidated": invalidated,
-        "parameters": sum(sizes),
+        "sizes": sizes,
         "layers": sum(len(chunk.blocks) for chunk in engine.chunks),
         "micro_batches": trainer.loader.accumulation,
-        "micro_batch": trainer.loader.micro_batch,
+        "sequences": trainer.loader.micro_batch,
     }
 
 
 def counts(folder: Path) -> dict:
-    """Of each rank, by case; and by how ZeRO-3 is set."""
+    """Of each rank, by case; ZeRO-3 also by how it is set, and after an evaluation."""
     prepare()
     config, found = shrink(Config()), {}
-    for name, cell in COUNTED.items():
-        found[name] = _run(folder / name, cell.ranks, partial(_count, config_of(cell, config), cell.ranks, None))
-    cell = Cell(data=2, zero="3")
-    for name, knobs in KNOBS.items():
-        found[name] = _run(folder / name, 2, partial(_count, config_of(cell, config), 2, zero3(*knobs)))
+    cases = [(name, cell, None) for name, cell in COUNTED.items()]
+    cases += [(name, Cell(data=2, zero="3"), zero3(*knobs)) for name, knobs in KNOBS.items()]
+    together = Cell(tensor=2, sequence=True, pipeline=2, data=2, zero="3")
+    cases += [("together", together, zero3(*KNOBS["resident"])), ("evaluated", Cell(data=2, zero="3"), None)]
+    for name, cell, zero in cases:
+        count = partial(_count, config_of(cell, config), cell.ranks, zero, name == "evaluated")
+        found[name] = _run(folder / name, cell.ranks, count)
     return found
 
 

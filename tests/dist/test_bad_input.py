@@ -39,7 +39,7 @@ def copy_data(job, name):
         (["training.max_steps", "ten", "--max-steps"], ["--max-steps", "ten"]),
         (["data.block_size = 64", "model.n_positions = 32"], ["--block-size", "64"]),
         (["parallel.tensor (2) does not divide 1 ranks; start 2"], ["--parallel.tensor", "2"]),
-        (["model.num_heads = 4", "parallel.tensor = 3", "allows tensor 1, 2 or 4"], ["--parallel.tensor", "3"]),
+        (["model.num_heads = 4", "parallel.tensor = 8", "allows tensor 1, 2 or 4"], ["--parallel.tensor", "8"]),
         (["nowhere.json", "no such file"], ["--deepspeed", "nowhere.json"]),
         (["global_batch_size = 9", "8 or 10"], ["--global-batch-size", "9"]),
         (["data.train_files", "nowhere", "preprocess_data.py"], ["--train-files", "nowhere"]),

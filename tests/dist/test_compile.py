@@ -57,7 +57,7 @@ def train(topology, zero: int, precision: str, mode: str, compile: str) -> dict[
             loss = engine.forward(0, batch())
             engine.backward(loss / 128, micro_step == 1)
             losses.append(loss.item())
-        norms.append(engine.step(1e-2)[0])
+        norms.append(engine.step(1e-3)[0])
         with engine.evaluation(), torch.no_grad():
             losses.append(engine.forward(0, batch()).item())
     kept: dict[int, int] = {}

@@ -153,3 +153,16 @@ def test_recomputation_keeps_less_and_more_tokens_keep_more():
 )
 def test_peak_tflops(device, peak):
     assert peak_tflops(device) == peak
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_parallel_layouts_divide(recompute):
+    whole = memory(recompute=recompute)
+    for layout in ({"tensor": 2, "pipeline": 2}, {"tensor": 4, "sequence_parallel": True}):
+        assert memory(recompute=recompute, **layout)["states"] == whole["states"] / 4
+    half = memory(recompute=recompute, context=2)
+    assert (half["states"], half["activations"]) == (whole["states"], whole["activations"] / 2)
+    # Sequence parallelism divides all that tensor parallelism leaves whole.
+    split = memory(recompute=recompute, tensor=4, sequence_parallel=True)["activations"]
+    assert split == whole["activations"] / 4
+    assert split < memory(recompute=recompute, tensor=4)["activations"] < whole["activations"]

@@ -31,7 +31,8 @@ def works(seconds: float, **counts: int) -> State:
         ([waits(90, a=7), works(95, a=6), works(95, b=3), waits(90, b=3)], [1], ["rank 0 waits", "for rank 1"]),
         ([waits(90), works(95), works(95)], [1, 2], ["rank 1 (here) hangs", "rank 2 (here) hangs"]),
         # On a GPU the main thread waits somewhere else than where the collective was called.
-        ([works(90, a=7), works(95, a=6)], [1], ["rank 0 waits in a collective that it has begun"]),
+        ([works(90, a=7), works(95, a=6)], [1], ["rank 0 waits in a collective begun before"]),
+        ([works(90, a=7), works(90, a=6, b=4), works(95, b=3)], [2], ["ranks 0, 1 wait in a collective begun before"]),
         (
             [waits(90, a=7, b=1), waits(90, "barrier", b=2, a=6)],
             [],
