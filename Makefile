@@ -25,7 +25,8 @@ artifacts/demo/data-train.idx: artifacts/demo/tokenizer/tokenizer.json
 	$(BIN)/python tools/preprocess_data.py --input artifacts/demo/corpus.jsonl --tokenizer-dir artifacts/demo/tokenizer --output-prefix artifacts/demo/data --split 98,2
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	@# A file's tests stay together: they share what is slow to set up.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ setup(
         "triton": ["triton>=3.6"],  # compiles the kernels; torch for CUDA brings its own
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.8",
             "ruff>=0.15",
             "transformers>=5.0",
             "accelerate>=1.1",

@@ -6,7 +6,7 @@ Each problem is one line: what is wrong, by dotted key, and what to do.
 import math
 
 from megalite.config import Config, TrainingConfig
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, nearest_multiples
 
 
 def check(config: Config) -> None:
@@ -46,8 +46,8 @@ def resolve_batch(config: Config, dp_size: int) -> tuple[int, int]:
     if global_batch % unit:
         raise ConfigError(
             f"training.global_batch_size = {global_batch} is not a multiple of training.per_device_train_batch_size * "
-            f"data-parallel size = {micro_batch} * {dp_size} = {unit}; set it to {_nearest(global_batch, unit)}, or "
-            "change per_device_train_batch_size"
+            f"data-parallel size = {micro_batch} * {dp_size} = {unit}; set it to "
+            f"{nearest_multiples(global_batch, unit)}, or change per_device_train_batch_size"
         )
     return global_batch // unit, global_batch
 
@@ -152,7 +152,10 @@ def _schedule_problems(training: TrainingConfig, max_steps: int) -> list[str]:
 
 
 def _parallel_problems(config: Config) -> list[str]:
-    problems = [*_tensor_problems(config), *_context_problems(config), *_pipeline_problems(config)]
+    problems = [*_tensor_problems(config), *_context_problems(config)]
+    parallel = config.parallel
+    if problem := schedule_problem(parallel.schedule_name, parallel.pipeline, parallel.virtual):
+        problems.append(problem)
     if config.model.dropout and config.training.compile != "none":
         problems.append(
             f"training.compile: {config.training.compile} does not go with model.dropout = {config.model.dropout:g}, "
@@ -215,7 +218,7 @@ def _context_problems(config: Config) -> list[str]:
         named += " x parallel.tensor" if parallel.context > 1 and parts > parallel.context else ""
         problems.append(
             f"data.block_size = {block} is not divisible by {named} = {parts}, the ranks that share a sequence; set it "
-            f"to {_nearest(block, parts)}"
+            f"to {nearest_multiples(block, parts)}"
         )
     if parallel.context == 1:
         return problems
@@ -236,23 +239,17 @@ def _context_problems(config: Config) -> list[str]:
     return problems
 
 
-def _pipeline_problems(config: Config) -> list[str]:
-    parallel = config.parallel
-    if parallel.pipeline == 1 and parallel.virtual > 1:
-        return [f"parallel.virtual = {parallel.virtual} needs parallel.pipeline above 1; set one of them"]
-    if (parallel.schedule_name == "interleaved") != (parallel.virtual > 1):
-        return [
-            f"parallel.schedule = {parallel.schedule} and parallel.virtual = {parallel.virtual}: interleaved is the "
-            "schedule of virtual above 1, and of no other; set schedule to auto"
-        ]
-    return []
+def schedule_problem(schedule: str, stages: int, virtual: int) -> str | None:
+    """Why a pipeline cannot have that schedule, if it cannot; schedule: of parallel.schedule, but for auto."""
+    if stages == 1 and virtual > 1:
+        return f"parallel.virtual = {virtual} needs parallel.pipeline above 1; set one of them"
+    if (schedule == "interleaved") != (virtual > 1):
+        return (
+            f"parallel.schedule = {schedule} and parallel.virtual = {virtual}: interleaved is the schedule of virtual "
+            "above 1, and of no other; set schedule to auto"
+        )
+    return None
 
 
 def _choices(numbers: list[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
-
-
-def _nearest(value: int, unit: int) -> str:
-    """The multiples of `unit` around a value that is none."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)

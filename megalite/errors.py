@@ -2,8 +2,12 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn, Self
+
+SPEAKER_SECONDS = 20
+"""How long a rank that has not met the others waits for the first of its machine to say what is wrong for all."""
 
 
 class UserError(Exception):
@@ -25,10 +29,18 @@ class ConfigError(UserError):
     exit_code = 78  # EX_CONFIG of sysexits.h
 
 
+def nearest_multiples(value: int, unit: int) -> str:
+    """For a message: the multiples of `unit` around a value that is none."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
 def run_main(main: Callable[[], int | None], *, rank: int = 0, local_rank: int = 0) -> NoReturn:
     """Run a command's `main` and exit; a `UserError` becomes one line on stderr, however many ranks raise it.
 
-    What goes wrong before the ranks have met goes wrong on all processes of a machine, so the first of them speaks.
+    What goes wrong before the ranks have met goes wrong on all processes of a machine, so the first of them speaks. The
+    others wait: a launcher ends all ranks as soon as one has ended, and the first may still be importing. Whoever is
+    not ended so had a problem of its own, and speaks too.
     """
     try:
         code = main()
@@ -36,7 +48,9 @@ def run_main(main: Callable[[], int | None], *, rank: int = 0, local_rank: int =
         sys.exit(code)
     except UserError as error:
         met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-        if rank == 0 or (not error.on_every_rank if met else local_rank == 0):
+        if not met and local_rank > 0:
+            time.sleep(SPEAKER_SECONDS)
+        if rank == 0 or not (met and error.on_every_rank):
             where = f"rank {rank}: " if rank else ""
             for line in str(error).splitlines():
                 print(f"error: {where}{line}", file=sys.stderr)

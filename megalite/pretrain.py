@@ -24,7 +24,7 @@ from megalite.config_check import check, check_schedule, resolve_batch
 from megalite.config_ds import read_ds_config
 from megalite.config_loader import LoadedConfig, format_config, load_config
 from megalite.errors import ConfigError, run_main
-from megalite.model.partition import partition
+from megalite.model.partition import layers_of_chunks
 from megalite.pipeline.schedules import build
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def main() -> int:
         return 0
     check(config)
     parallel = config.parallel
-    layers = partition(config.model, parallel.pipeline * parallel.virtual, config.data.block_size, parallel.layers)
+    layers = layers_of_chunks(config)
     ds_config = read_ds_config(config.deepspeed)
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.

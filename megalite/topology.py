@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megalite.errors import ConfigError, UserError
+from megalite.errors import ConfigError, UserError, nearest_multiples
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ class Grid:
         if world_size % copies:
             sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
             named = " x ".join(f"parallel.{name} ({size})" for name, size in sizes.items() if size > 1)
-            below = world_size // copies * copies
-            ranks = f"{below} or {below + copies}" if below else str(copies)
+            ranks = nearest_multiples(world_size, copies)
             raise ConfigError(f"{named} does not divide {world_size} ranks; start {ranks}, or change the sizes")
         return Grid(pipeline, world_size // copies, context, tensor)
 

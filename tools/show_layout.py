@@ -23,7 +23,7 @@ from megalite.config_check import check, resolve_batch
 from megalite.config_loader import load_config
 from megalite.errors import UserError, run_main
 from megalite.model.flops import count_parameters, flops_per_token
-from megalite.model.partition import chunk_flops, chunk_parameters, partition
+from megalite.model.partition import chunk_flops, chunk_parameters, layers_of_chunks
 from megalite.pipeline.schedules import build
 from megalite.pipeline.simulator import Timeline, label, simulate
 from megalite.topology import Grid
@@ -37,7 +37,7 @@ def main() -> None:
     parallel = config.parallel
     grid = Grid.of(options.world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
     micro_batches, global_batch = resolve_batch(config, grid.data)
-    chunks = partition(config.model, parallel.pipeline * parallel.virtual, config.data.block_size, parallel.layers)
+    chunks = layers_of_chunks(config)
     schedules = [
         build(parallel.schedule_name, stage, parallel.pipeline, parallel.virtual, micro_batches)
         for stage in range(parallel.pipeline)

@@ -44,6 +44,11 @@ class TensorParallel:
     def rank(self) -> int:
         return group_rank(self.group)
 
+    @property
+    def sequence_group(self) -> Group:
+        """The ranks that have the parts of the sequence between the split layers; None where each has all of it."""
+        return self.group if self.sequence else None
+
 
 def start_all_gather(x: Tensor, size: int, name: str) -> Tensor:
     """x [s, ...] of each of the `size` ranks of group `name`, in their order: [size * s, ...], once waited for."""

@@ -48,8 +48,8 @@ class Block(nn.Module):
         self.activation_checkpointing = "none"  # its own: see Stage.compile_blocks
         # The residual stream adds 2 * num_layers outputs; scaling each keeps its variance (GPT-2, section 2.3).
         output_std = init.std / math.sqrt(2 * model.num_layers)
-        split = tp.group if tp.sequence else None  # the norms between the parallel layers see a part of the positions
-        self.attention_norm = RMSNorm(f"{name}.attention_norm", model.hidden_size, model.norm_eps, init, split)
+        partial = tp.sequence_group
+        self.attention_norm = RMSNorm(f"{name}.attention_norm", model.hidden_size, model.norm_eps, init, partial)
         self.attention = Attention(
             f"{name}.attention",
             model.hidden_size,
@@ -65,7 +65,7 @@ class Block(nn.Module):
             context,
             attend,
         )
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", model.hidden_size, model.norm_eps, init, split)
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", model.hidden_size, model.norm_eps, init, partial)
         self.mlp = MLP(f"{name}.mlp", model.hidden_size, model.ffn_size, init, output_std, tp)
 
     def forward(
@@ -124,8 +124,7 @@ class Stage(nn.Module):
         layers = range(model.num_layers) if layers is None else layers
         self.blocks = nn.ModuleList(Block(i, model, init, tp, context, attend) for i in layers)
         if last:
-            split = tp.group if tp.sequence else None
-            self.final_norm = RMSNorm("final_norm", model.hidden_size, model.norm_eps, init, split)
+            self.final_norm = RMSNorm("final_norm", model.hidden_size, model.norm_eps, init, tp.sequence_group)
             # A tied head far from the embedding has a copy of its weight; the engine sums the gradients of both.
             tied = self.embedding.weight if model.tie_embeddings and first else None
             self.head = VocabParallelHead("embedding" if model.tie_embeddings else "head", *vocabulary, weight=tied)

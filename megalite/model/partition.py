@@ -4,7 +4,7 @@ The model is cut into `chunks` parts that follow each other: the first has the e
 norm and the head behind.
 """
 
-from megalite.config import ModelConfig
+from megalite.config import Config, ModelConfig
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters, flops_per_token
 
@@ -38,6 +38,12 @@ def partition(model: ModelConfig, chunks: int, sequence: int, explicit: list[int
     last = min(range(1, layers - front + 1), key=lambda last: (largest_cost(last), -last))
     each, left_over = divmod(layers - last, front)
     return _ranges([each] * (front - left_over) + [each + 1] * left_over + [last])
+
+
+def layers_of_chunks(config: Config) -> list[range]:
+    """What `partition` makes of a whole configuration."""
+    parallel = config.parallel
+    return partition(config.model, parallel.pipeline * parallel.virtual, config.data.block_size, parallel.layers)
 
 
 def chunk_flops(model: ModelConfig, layers: int, sequence: int, *, last: bool) -> float:

@@ -4,6 +4,7 @@ A stage has one or more chunks of the model (virtual stages). Chunk c of the who
 c % stages. Shapes: s positions of this rank, b sequences, h hidden.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
@@ -57,7 +58,7 @@ class Executor:
         for i, action in enumerate(actions):
             kind, m, chunk = action
             self.watch(f"{kind} of micro-batch {m}" + (f", chunk {chunk}" if self.virtual > 1 else ""))
-            received = arriving.take(i)
+            received = arriving.take()
             last = self.stage == self.stages - 1 and chunk == self.virtual - 1
             if kind == "forward":
                 hidden = None if received is None else received.requires_grad_(training)
@@ -117,16 +118,16 @@ class _Arrivals:
 
     def __init__(self, executor: Executor, actions: list[Action], batches: list[Batch]):
         self.executor, self.actions, self.batches = executor, actions, batches
-        self.asked: dict[int, Callable[[], Tensor] | None] = {}
+        self.asked: deque[Callable[[], Tensor] | None] = deque()  # for this action and those behind it
+        self.next = 0
 
-    def take(self, i: int) -> Tensor | None:
-        """What action i needs; None where it needs nothing."""
-        for ahead in range(i, min(i + 3, len(self.actions))):
-            if ahead not in self.asked:
-                action = self.actions[ahead]
-                self.asked[ahead] = self.executor._receive(action, self.batches[action.micro_batch])
-        wait = self.asked.pop(i)
-        self.asked.setdefault(i, None)
+    def take(self) -> Tensor | None:
+        """What the next action needs; None where it needs nothing."""
+        while len(self.asked) < 3 and self.next < len(self.actions):
+            action = self.actions[self.next]
+            self.asked.append(self.executor._receive(action, self.batches[action.micro_batch]))
+            self.next += 1
+        wait = self.asked.popleft()
         return None if wait is None else wait()
 
 

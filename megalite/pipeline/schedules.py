@@ -6,7 +6,8 @@ stage runs forward and backward of every micro-batch through every chunk of its 
 
 from typing import Literal, NamedTuple
 
-from megalite.errors import ConfigError
+from megalite.config_check import schedule_problem
+from megalite.errors import ConfigError, nearest_multiples
 
 Kind = Literal["forward", "backward"]
 
@@ -23,26 +24,19 @@ def build(schedule: str, stage: int, stages: int, virtual: int, micro_batches: i
     """The actions of one stage for one step; schedule: gpipe, 1f1b or interleaved.
 
     gpipe (arXiv:1811.06965): all forwards, then all backwards. 1f1b (PipeDream-Flush, arXiv:2006.09503): the same
-    bubble, and a stage holds the activations of at most stages - stage micro-batches. interleaved (arXiv:2104.04473,
-    section 2.2): virtual chunks on a stage in turns, for a bubble that is `virtual` times smaller; it raises
-    ConfigError unless the micro-batches are a multiple of the stages. The first two take any number.
+    bubble, and a stage holds the activations of at most stages - stage micro-batches; one alone goes F0 B0 F1 B1 ...
+    interleaved (arXiv:2104.04473, section 2.2): virtual chunks on a stage in turns, for a bubble that is `virtual`
+    times smaller; it raises ConfigError unless the micro-batches are a multiple of the stages. The first two take any
+    number.
     """
-    if (schedule == "interleaved") != (virtual > 1):
-        raise ConfigError(
-            f"parallel.schedule = {schedule} and parallel.virtual = {virtual}: interleaved is the schedule of virtual "
-            "above 1, and of no other; set schedule to auto"
-        )
+    if problem := schedule_problem(schedule, stages, virtual):
+        raise ConfigError(problem)
     if schedule == "interleaved":
         return _interleaved(stage, stages, virtual, micro_batches)
     forwards = [Action("forward", m) for m in range(micro_batches)]
     backwards = [Action("backward", m) for m in range(micro_batches)]
     ahead = {"gpipe": micro_batches, "1f1b": min(stages - stage - 1, micro_batches)}[schedule]
     return _warm_up_then_alternate(forwards, backwards, ahead)
-
-
-def one_stage(micro_batches: int) -> list[Action]:
-    """F0 B0 F1 B1 ...: with one stage, at most one micro-batch's activations are alive."""
-    return build("1f1b", 0, 1, 1, micro_batches)
 
 
 def sends_to(action: Action, stage: int, stages: int, virtual: int) -> tuple[int, int] | None:
@@ -67,15 +61,11 @@ def _neighbour(action: Action, step: int, stage: int, stages: int, virtual: int)
 
 def _interleaved(stage: int, stages: int, virtual: int, micro_batches: int) -> list[Action]:
     """Rounds of `stages` micro-batches go through chunk 0, then through chunk 1, ...; then comes the next round."""
-    if stages == 1:
-        raise ConfigError(f"parallel.virtual = {virtual} needs parallel.pipeline above 1; set one of them")
     if micro_batches % stages:
-        below = micro_batches // stages * stages
-        nearest = f"{below} or {below + stages}" if below else str(stages)
         raise ConfigError(
             f"parallel.virtual = {virtual} takes micro-batches in rounds of parallel.pipeline = {stages}, but a step "
             f"has {micro_batches} (training.gradient_accumulation_steps, or what training.global_batch_size makes of "
-            f"it); give it {nearest}, or set parallel.virtual to 1"
+            f"it); give it {nearest_multiples(micro_batches, stages)}, or set parallel.virtual to 1"
         )
     order = [
         (first + m, chunk)

@@ -27,7 +27,7 @@ from megalite.data.batch import Batch, document_fields
 from megalite.data.loader import TrainLoader
 from megalite.layers.sharded_init import shard
 from megalite.model.gpt import Stage
-from megalite.model.partition import partition
+from megalite.model.partition import layers_of_chunks
 from megalite.topology import LaunchEnvironment, Topology
 from megalite.training.build import build_chunks
 from megalite.training.checkpoint_reader import MOMENTS
@@ -136,7 +136,7 @@ def start_trainer(config: Config, rank: int, ranks: int, store: Path, zero: dict
     )
     ds_config = read_ds_config(config.deepspeed)
     ds_config["zero_optimization"] |= TINY if zero is None else zero
-    layers = partition(config.model, parallel.pipeline * parallel.virtual, config.data.block_size, parallel.layers)
+    layers = layers_of_chunks(config)
     accumulation, _ = resolve_batch(config, topology.grid.data)
     engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
     loader = TrainLoader(

@@ -118,6 +118,7 @@ class Watchdog:
             time.sleep(0.05)
         if self.rank:
             store.add("left", 1)
+            time.sleep(BEAT)  # rank 0 speaks for all, and a launcher ends it once one has ended
             return
         while store.add("left", 0) < len(self._all) - 1:
             time.sleep(0.05)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator}
+
+
+def interruptible() -> None:
+    """For preexec_fn: SIGINT and SIGQUIT end the process, which those that run in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def free_port() -> int:

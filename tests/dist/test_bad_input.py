@@ -4,11 +4,12 @@ import json
 import resource
 import shutil
 import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.dist.conftest import environment
+from tests.dist.conftest import environment, run
 
 pytestmark = pytest.mark.dist
 
@@ -58,6 +59,30 @@ def test_two_ranks_speak_once(job):
     """A mistake found before the ranks meet, and one found after."""
     for arguments in (["--block-size", "64"], ["--vocab-size", "500"]):
         refused(job, "refused", 78, "", arguments=arguments, launcher="deepspeed", ranks=2)
+
+
+LATE = """
+import os, time
+from megalite import errors
+
+errors.SPEAKER_SECONDS = 8
+rank = int(os.environ["RANK"])
+def main():
+    time.sleep({late} * (rank == 0))
+    raise errors.ConfigError("the layout is wrong")
+errors.run_main(main, rank=rank, local_rank=rank)
+"""
+
+
+@pytest.mark.parametrize(("late", "said"), [(3, "error: the layout is wrong"), (60, "error: rank 1: the layout is wrong")])
+def test_the_first_rank_is_waited_for(tmp_path, late, said):
+    """torchrun ends the others when one has ended; here rank 0 comes late, or not in time."""
+    program = tmp_path / "program.py"
+    program.write_text(LATE.format(late=late))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    finished = run(torchrun, timeout=60)
+    assert finished.code != 0
+    assert [line for line in finished.errors.splitlines() if "error: " in line] == [said]
 
 
 def test_files(job):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megalite.training.checkpoint_reader import Checkpoint, find_checkpoint
-from tests.dist.conftest import REPOSITORY, environment, free_port, kill_all
+from tests.dist.conftest import REPOSITORY, environment, free_port, interruptible, kill_all
 
 pytestmark = pytest.mark.dist
 
@@ -97,7 +97,8 @@ def start(tmp_path, *arguments: str) -> tuple[list[int], list[str]]:
         with open(tmp_path / rank, "w") as log:
             own = {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(REPOSITORY)}
             command = [sys.executable, str(program), *arguments]
-            ranks.append(subprocess.Popen(command, env=environment() | shared | own, stderr=log))
+            own_environment = environment() | shared | own
+            ranks.append(subprocess.Popen(command, env=own_environment, stderr=log, preexec_fn=interruptible))
     try:
         codes = [process.wait(timeout=100) for process in ranks]
     except subprocess.TimeoutExpired:

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.dist.conftest import REPOSITORY, environment, run
+from tests.dist.conftest import REPOSITORY, environment, interruptible, run
 from tests.dist.parity_cases import results
 
 pytestmark = pytest.mark.dist
@@ -65,7 +65,7 @@ def test_mistakes_of_the_user_are_one_line(options, message):
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     own = environment() | {"TMPDIR": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*TOOL, "--only", "dp"], env=own, **pipes)
+    process = subprocess.Popen([*TOOL, "--only", "dp"], env=own, preexec_fn=interruptible, **pipes)
     try:
         children, deadline = [], time.monotonic() + 120
         while len(children) < 2:  # the ranks of a cell; the reference is one

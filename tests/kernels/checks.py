@@ -77,15 +77,24 @@ def check_operator(op, *arguments) -> None:
     torch.library.opcheck(op.registered, detached, test_utils=("test_schema", "test_faketensor"))
 
 
+FAR = """
+def far(seed):
+    apart = 2**30 + 8
+    x = torch.empty(2 * apart + 16, dtype=torch.bfloat16, device=device).as_strided((3, 16), (apart, 1))
+    return x.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)))
+"""
+
+
 def in_subprocess(code: str, timeout: float = 120) -> str:
     """What `code` prints in a process of its own, where an access out of bounds ends nothing else.
 
-    It starts as these tests do, with Triton's interpreter where there is no GPU, and `device` set.
+    It starts as these tests do, with Triton's interpreter where there is no GPU, and `device` set. far(seed) is a
+    random bf16 [3, 16] whose rows stand so far apart that the third begins beyond int32.
     """
     device = "cuda" if not dispatch.INTERPRETED else "cpu"
     header = (
         f"import tests.kernels, torch\nfrom megalite.kernels import dispatch\n"
-        f"dispatch.use('triton')\ndevice = {device!r}\n"
+        f"dispatch.use('triton')\ndevice = {device!r}\n{FAR}"
     )
     done = subprocess.run(
         [sys.executable, "-c", header + code],

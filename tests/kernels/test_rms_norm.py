@@ -163,12 +163,8 @@ def test_more_than_2_to_the_31_elements(device):
     out = in_subprocess(
         """
 from megalite.kernels.rms_norm import _backward, _forward
-apart, h = 2**30 + 8, 16
-def far(seed):
-    x = torch.empty(2 * apart + h, dtype=torch.bfloat16, device=device).as_strided((3, h), (apart, 1))
-    return x.copy_(torch.randn(3, h, generator=torch.Generator().manual_seed(seed)))
 x, residual, dy = far(0), far(1), far(2)
-weight = torch.ones(h, device=device)
+weight = torch.ones(16, device=device)
 y, z, r = _forward(x, weight, 1e-6, residual)
 near = _forward(x.clone(memory_format=torch.contiguous_format), weight, 1e-6, residual.contiguous())
 assert all(map(torch.equal, (y, z, r), near))

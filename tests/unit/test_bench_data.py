@@ -1,6 +1,7 @@
 """tools/bench_data.py on a corpus of a few kilobytes: what is measured, what is compared, what is refused."""
 
 import importlib.util
+import resource
 import subprocess
 import sys
 import time
@@ -104,10 +105,11 @@ GRANDCHILD = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 
 
 
 def test_processes_below_count(module, tmp_path):
-    """Memory and CPU of what a program starts are its own. (So is the tests' memory, which is less.)"""
+    """Memory and CPU of what a program starts are its own. (So is the tests' memory, which may be more.)"""
+    tests = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     work = "import time; b = b'1' * 700_000_000; t = time.process_time()\nwhile time.process_time() < t + 0.3: pass"
     done = module.run([sys.executable, "-c", GRANDCHILD, work], tmp_path)
-    assert 700e6 / 2**20 < done.peak < 900
+    assert 700e6 / 2**20 < done.peak < max(900, tests + 100)
     assert 0.3 < done.cpu < 5
     assert done.wall > 0.3
 

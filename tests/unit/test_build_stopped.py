@@ -20,6 +20,7 @@ import pytest
 from megalite.data import tokenize, workers
 from megalite.data.journal import WorkFolder
 from megalite.errors import UserError
+from tests.dist.conftest import interruptible
 from tests.unit.token_files import PAIR, build, files_in, random_documents, small_tasks, tool, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("working_folder")
@@ -289,7 +290,7 @@ def test_an_interrupted_run_says_how_to_go_on(tokenizer_dir, tasks):
     run = tool(
         *("--input", "a.jsonl", "--tokenizer-dir", tokenizer_dir, "--output-prefix", "out/x", "--encoder", "memo"),
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        preexec_fn=interruptible,
     )
     journal = Path("out/x.building/journal")
     while not journal.exists() or journal.read_bytes().count(b"\n") < tasks:

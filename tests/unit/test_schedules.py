@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.pipeline.schedules import Action, build, one_stage, receives_from, sends_to
+from megalite.pipeline.schedules import Action, build, receives_from, sends_to
 from megalite.pipeline.simulator import simulate
 
 # (schedule, stages p, virtual v, micro-batches m)
@@ -66,7 +66,8 @@ def test_orders_by_hand():
     def shown(actions: list[Action]) -> str:
         return " ".join(f"{kind[0].upper()}{m}{'abc'[chunk]}" for kind, m, chunk in actions)
 
-    assert one_stage(2) == [Action("forward", 0), Action("backward", 0), Action("forward", 1), Action("backward", 1)]
+    alone = build("1f1b", 0, 1, 1, 2)
+    assert alone == [Action("forward", 0), Action("backward", 0), Action("forward", 1), Action("backward", 1)]
     assert shown(build("gpipe", 1, 2, 1, 3)) == "F0a F1a F2a B0a B1a B2a"
     assert shown(build("1f1b", 0, 3, 1, 4)) == "F0a F1a F2a B0a F3a B1a B2a B3a"
     assert shown(build("1f1b", 0, 4, 1, 2)) == "F0a F1a B0a B1a"
