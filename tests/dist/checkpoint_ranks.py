@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megalite.config import Config
+from megalite.errors import UserError
 from megalite.topology import LaunchEnvironment, Topology
 from megalite.training.checkpoint_folder import find_resume, prepare_output
 from megalite.training.checkpoint_reader import Checkpoint, find_checkpoint, list_checkpoints
@@ -120,6 +121,34 @@ def init_from(folder: Path, plan: dict) -> dict:
         action = action or partial(_init_from, config, ranks, str(folder / "source"))
         losses[name] = run_forked(ranks, action, work, TIMEOUT)[0]["losses"]
     return losses
+
+
+def _fail_to_save(config: Config, ranks: int, fault: str, rank: int, folder: Path) -> dict:
+    """Rank 1 cannot write what it has of the second checkpoint: the step at which this rank hears of it, and what."""
+    trainer = start_trainer(config, rank, ranks, folder / "store")
+    save(trainer)
+    steps(trainer, 1)
+    copies = trainer.copy_state({})
+    if rank == 1:
+        copies.files = {"folder": {"no/such/file": {"a": torch.zeros(3)}}, "defect": {"file": {"a": None}}}[fault]
+    trainer.writer.start(copies)
+    try:
+        while trainer.writer.poll() is None:
+            steps(trainer, 1)
+    except (UserError, AttributeError, RuntimeError) as error:
+        everywhere = getattr(error, "on_every_rank", False)
+        return {"step": trainer.step, "error": type(error).__name__, "said": str(error), "everywhere": everywhere}
+    return {"error": None}
+
+
+def fail_to_save(folder: Path, plan: dict) -> list[dict]:
+    """plan: {"fault": name, "layout": [ranks, zero, parallel]}; what each rank says."""
+    prepare()
+    ranks, *layout = plan["layout"]
+    work = folder / "work"
+    work.mkdir()
+    action = partial(_fail_to_save, config_of(folder / "out", *layout), ranks, plan["fault"])
+    return run_forked(ranks, action, work, 60)
 
 
 def _one_rank() -> Topology:
@@ -242,6 +271,7 @@ if __name__ == "__main__":
     actions = {
         "matrix": matrix,
         "init_from": init_from,
+        "fail_to_save": fail_to_save,
         "kill_while_saving": kill_while_saving,
         "kill_and_resume": kill_and_resume,
     }

@@ -77,6 +77,26 @@ def test_a_new_run_from_weights_alone(tmp_path):
             assert not new.tensors(parameter)["exp_avg"].any()
 
 
+LAYOUTS = [(3, "1", {}), (4, "3", {"pipeline": 2})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["ZeRO-1 dp3", "ZeRO-3 pp2"])
+def test_all_ranks_hear_at_one_step_that_one_cannot_write(tmp_path, layout):
+    told = ranks_do("fail_to_save", tmp_path, {"fault": "folder", "layout": layout}, 100)
+    assert all(each == told[0] for each in told)
+    assert (told[0]["error"], told[0]["everywhere"]) == ("UserError", True)
+    assert told[0]["said"].startswith(f"cannot write {tmp_path}/out/step-1.tmp/no/such/file: No such file")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest", "step-0"]
+    Checkpoint(tmp_path / "out/step-0").verify()
+
+
+def test_a_defect_in_one_ranks_thread_ends_the_run(tmp_path):
+    """At once: the others' threads wait for it, and would be asked at the next save."""
+    told = ranks_do("fail_to_save", tmp_path, {"fault": "defect", "layout": LAYOUTS[0]}, 100)
+    assert [each["error"] for each in told] == ["RuntimeError", "AttributeError", "RuntimeError"]
+    Checkpoint(find_checkpoint(tmp_path / "out")).verify()
+
+
 def test_killed_while_saving_the_last_good_one_survives(tmp_path):
     seen = ranks_do("kill_while_saving", tmp_path / "out", 20, 300)
     newest = [steps[-1] for _, *steps in seen]
