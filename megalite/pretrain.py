@@ -44,7 +44,7 @@ def main() -> int:
     ds_config = read_ds_config(config.deepspeed)
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.
-    from megalite.topology import LaunchEnvironment, Topology
+    from megalite.topology import LaunchEnvironment, Topology, slurm_start
     from megalite.training.watchdog import MARGIN, Watchdog
 
     timeout = timedelta(minutes=config.training.timeout_minutes)
@@ -59,14 +59,20 @@ def main() -> int:
         topology.together(use_kernels, config.model.kernels, topology.device.type)
         from megalite.training.checkpoint_folder import OutputLock
 
-        with topology.together(OutputLock, Path(config.checkpoint.output_dir), topology.rank == 0):
-            train(loaded, layers, ds_config, topology, watchdog)
+        output_dir = Path(config.checkpoint.output_dir)
+        with topology.together(OutputLock, output_dir, topology.rank == 0, slurm_start()) as lock:
+            train(loaded, layers, ds_config, topology, watchdog, lock.notice)
     topology.close()
     return 0
 
 
 def train(
-    loaded: LoadedConfig, layers: list[range], ds_config: dict, topology: "Topology", watchdog: "Watchdog"
+    loaded: LoadedConfig,
+    layers: list[range],
+    ds_config: dict,
+    topology: "Topology",
+    watchdog: "Watchdog",
+    lock_notice: str | None,
 ) -> None:
     """Build what the configuration says, resume, train to the end; collective."""
     config = loaded.config
@@ -118,10 +124,9 @@ def train(
         meters.print(f"resumed   from {found.folder}, step {trainer.step}")
     if weights is not None:
         meters.print(f"weights   from {weights.folder}")
-    for damaged in passed:
-        meters.print(f"warning   {damaged}")
-    if notice is not None:
-        meters.print(f"warning   {notice}")
+    for warning in (lock_notice, *passed, notice):
+        if warning is not None:
+            meters.print(f"warning   {warning}")
     with closing(loader):
         result = trainer.fit(meters)
     if meters.active:  # the summary reads the validation data once more

@@ -25,13 +25,17 @@ LOCK = "owner.lock"
 class OutputLock:
     """Owns `output_dir` until the end of the context: a second run there is refused, with the name of the first.
 
-    The file owner.lock says {host, pid, started}, and its owner holds a POSIX lock on it, which ends with the process.
-    One of a dead process of this host is taken over. Elsewhere, where a file system does not lock between hosts, nobody
-    can tell, so the user is asked. active: False on all ranks but the first, where it does nothing.
+    The file owner.lock says {host, pid, started, job, restarts}, and its owner holds a POSIX lock on it, which ends
+    with the process. One of a dead process of this host is taken over. Elsewhere, where a file system does not lock
+    between hosts, nobody can tell, so the user is asked; but SLURM ends a start of a job before the next one. active:
+    False on all ranks but the first, where it does nothing. slurm: as `topology.slurm_start` says.
+
+    notice: what the user should know, or None.
     """
 
-    def __init__(self, output_dir: Path, active: bool):
+    def __init__(self, output_dir: Path, active: bool, slurm: tuple[str, int] | None = None):
         self._path, self._file = output_dir / LOCK, None
+        self.notice: str | None = None
         if not active:
             return
         self._made = not output_dir.exists()
@@ -43,15 +47,20 @@ class OutputLock:
                 alive = self._lock()
         except OSError as error:
             raise UserError(f"cannot write checkpoint.output_dir {output_dir}: {error.strerror}") from error
-        owner = self._owner()
-        if alive or owner.get("host", socket.gethostname()) != socket.gethostname():
+        owner, (job, restarts) = self._owner(), slurm or (None, 0)
+        elsewhere = not self._is_here(owner)
+        requeued = job is not None and owner.get("job") == job and owner.get("restarts") in range(restarts)
+        if alive or (elsewhere and not requeued):
             self._file.close()
             raise ConfigError(
                 f"checkpoint.output_dir: {output_dir} belongs to another run (pid {owner.get('pid')} on"
                 f" {owner.get('host')}, since {owner.get('started')}); choose another --output-dir, or wait for its"
                 f" end{'' if alive else f', or delete {self._path} if it is dead'}"
             )
+        if elsewhere:
+            self.notice = f"took over {self._path}, which an earlier start of this job left on {owner['host']}"
         own = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        own |= {"job": job, "restarts": restarts}
         self._file.truncate(0)
         self._file.write(json.dumps(own) + "\n")
         self._file.flush()
@@ -80,8 +89,14 @@ class OutputLock:
             return {}
         return said if isinstance(said, dict) else {}
 
+    @staticmethod
+    def _is_here(owner: dict[str, Any]) -> bool:
+        return owner.get("host", socket.gethostname()) == socket.gethostname()
+
     def _owner_lives(self) -> bool:
         owner = self._owner()
+        if not self._is_here(owner):
+            return False  # as far as anybody can tell
         try:
             os.kill(int(owner["pid"]), 0)
         except (KeyError, TypeError, ValueError, ProcessLookupError):

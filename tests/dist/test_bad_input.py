@@ -158,6 +158,19 @@ def test_a_branch_does_not_write_into_another_run(job, trained):
     assert sorted(path.name for path in other.iterdir()) == ["latest", "step-2", "step-4"]
 
 
+def test_a_lock_of_another_host_and_a_requeued_job(job, monkeypatch):
+    folder = job.root / "requeued" / "checkpoints"
+    folder.mkdir(parents=True)
+    lock = {"host": "elsewhere", "pid": 1, "started": "then", "job": "7", "restarts": 0}
+    (folder / "owner.lock").write_text(json.dumps(lock))
+    refused(job, "requeued", 78, "pid 1 on elsewhere", "owner.lock if it is dead", arguments=["--max-steps", "1"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert len(job.train("requeued", "--max-steps", "1", "--warmup-steps", "0")) == 1
+    assert "warning   took over" in (job.root / "requeued" / "train.log").read_text()
+    assert not (folder / "owner.lock").exists()
+
+
 @pytest.mark.parametrize("zero", ["0", "1", "3"])
 def test_numbers_that_are_lost_end_the_run_and_are_not_saved(job, zero):
     name = f"diverged-{zero}"

@@ -1,8 +1,10 @@
 """Checkpoints without an engine: parts of tensors, files, what stays, who owns the folder, which one is resumed."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -185,6 +187,48 @@ def test_a_lock_of_another_host_is_left_to_the_user(tmp_path):
     (tmp_path / LOCK).write_text('{"host": "els')  # cut off
     with OutputLock(tmp_path, True):
         pass
+
+
+@pytest.mark.parametrize(
+    ("owner", "slurm", "taken"),
+    [
+        ({"job": "7", "restarts": 0}, ("7", 1), True),
+        ({"job": "7", "restarts": 1}, ("7", 3), True),
+        ({"job": "7", "restarts": 1}, ("7", 1), False),  # another step of this start
+        ({"job": "8", "restarts": 0}, ("7", 1), False),
+        ({"job": "7"}, ("7", 1), False),
+        ({"job": None, "restarts": 0}, None, False),
+        ({"job": "7", "restarts": "x"}, ("7", 1), False),
+    ],
+)
+def test_a_requeued_job_takes_over_its_own_lock(tmp_path, owner, slurm, taken):
+    write_json(tmp_path / LOCK, {"host": "elsewhere", "pid": 1, "started": "then", **owner})
+    if not taken:
+        with pytest.raises(ConfigError, match="pid 1 on elsewhere"):
+            OutputLock(tmp_path, True, slurm)
+        return
+    with OutputLock(tmp_path, True, slurm) as lock:
+        assert lock.notice == f"took over {tmp_path / LOCK}, which an earlier start of this job left on elsewhere"
+        now = json.loads((tmp_path / LOCK).read_text())
+        assert (now["pid"], now["job"], now["restarts"]) == (os.getpid(), *slurm)
+    with OutputLock(tmp_path, True, slurm) as lock:
+        assert lock.notice is None
+
+
+def test_without_locks_between_hosts_a_process_there_is_not_looked_for_here(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    pid = os.getppid()
+    write_json(tmp_path / LOCK, {"host": "elsewhere", "pid": pid, "started": "then", "job": "7", "restarts": 0})
+    with pytest.raises(ConfigError, match="if it is dead"):
+        OutputLock(tmp_path, True)
+    with OutputLock(tmp_path, True, ("7", 1)):
+        pass
+    write_json(tmp_path / LOCK, {"host": socket.gethostname(), "pid": pid, "started": "then"})
+    with pytest.raises(ConfigError, match=r"wait for its end$"):
+        OutputLock(tmp_path, True)
 
 
 def test_a_folder_that_only_the_lock_made_goes_with_it(tmp_path):
