@@ -234,10 +234,17 @@ class CheckpointConfig(Section):
     output_dir: str = Field("artifacts/checkpoints", description="Folder of the run's checkpoints.")
     save_every: PositiveInt | None = Field(None, description="Save each N steps; always at the end.")
     keep_last: PositiveInt = Field(3, description="How many of the newest checkpoints stay.")
+    keep_every: PositiveInt | None = Field(None, description="Checkpoints of each N steps stay for good, besides.")
     resume: str = Field(
         "auto",
         description="auto: go on from the newest in output_dir, if any. A step-N folder: branch off from that. none: "
         "start afresh, moving what is in output_dir aside (so for the first start only).",
+    )
+    resume_fallback: bool = Field(
+        False, description="Where the newest checkpoint is damaged, go on from the one before, and say so."
+    )
+    init_from: str | None = Field(
+        None, description="A checkpoint, or an imported model, whose weights a new run starts from, and nothing else."
     )
 
 

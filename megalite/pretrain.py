@@ -44,7 +44,7 @@ def main() -> int:
     ds_config = read_ds_config(config.deepspeed)
 
     # Only now: torch and DeepSpeed take seconds to import, and a wrong configuration should not.
-    from megalite.topology import LaunchEnvironment, Topology
+    from megalite.topology import LaunchEnvironment, Topology, slurm_start
     from megalite.training.watchdog import MARGIN, Watchdog
 
     timeout = timedelta(minutes=config.training.timeout_minutes)
@@ -56,23 +56,32 @@ def main() -> int:
         timeout=timeout + MARGIN,
     )
     with Watchdog(topology, timeout) as watchdog:
-        train(loaded, layers, ds_config, topology, watchdog)
+        topology.together(use_kernels, config.model.kernels, topology.device.type)
+        from megalite.training.checkpoint_folder import OutputLock
+
+        output_dir = Path(config.checkpoint.output_dir)
+        with topology.together(OutputLock, output_dir, topology.rank == 0, slurm_start()) as lock:
+            train(loaded, layers, ds_config, topology, watchdog, lock.notice)
     topology.close()
     return 0
 
 
 def train(
-    loaded: LoadedConfig, layers: list[range], ds_config: dict, topology: "Topology", watchdog: "Watchdog"
+    loaded: LoadedConfig,
+    layers: list[range],
+    ds_config: dict,
+    topology: "Topology",
+    watchdog: "Watchdog",
+    lock_notice: str | None,
 ) -> None:
-    """Build what the configuration says, resume, train to the end."""
+    """Build what the configuration says, resume, train to the end; collective."""
     config = loaded.config
     parallel = config.parallel
-    topology.together(use_kernels, config.model.kernels, topology.device.type)
     # The topology has settled the device, which DeepSpeed asks for at import.
     from megalite.data.sources import open_data, open_loader
     from megalite.training import report
     from megalite.training.build import build_chunks
-    from megalite.training.checkpoint import find_resume, prepare_output
+    from megalite.training.checkpoint_folder import find_resume, find_weights, prepare_output
     from megalite.training.engine import Engine
     from megalite.training.meters import Meters
     from megalite.training.requirements import check_training, zero_stage
@@ -86,12 +95,15 @@ def train(
     sources = open_data(config, topology)
     loader = open_loader(config, topology, sources, accumulation)
     max_steps = topology.together(steps_to_train, config, len(sources.train), global_batch)
-    found, branched_from = find_resume(config, topology)
+    found, branched_from, passed = find_resume(config, topology)
+    weights = find_weights(config, topology) if found is None else None
 
     watchdog.at("building the model, and resuming")
     engine = Engine(config, ds_config, topology, partial(build_chunks, config, topology, layers), accumulation)
     trainer = Trainer(config, topology, engine, loader, sources.validation, max_steps, watchdog.at)
     notice = trainer.resume(found, branched_from) if found is not None else None
+    if weights is not None:
+        trainer.init_from(weights)
     aside = topology.on_first(prepare_output, trainer.output_dir, trainer.step)
 
     run_dir = Path(config.logging.run_dir or f"runs/{trainer.output_dir.resolve().name}")
@@ -110,8 +122,11 @@ def train(
         meters.print(f"moved     checkpoints beyond step {trainer.step}, which were there, to {aside}")
     if found is not None:
         meters.print(f"resumed   from {found.folder}, step {trainer.step}")
-    if notice is not None:
-        meters.print(f"warning   {notice}")
+    if weights is not None:
+        meters.print(f"weights   from {weights.folder}")
+    for warning in (lock_notice, *passed, notice):
+        if warning is not None:
+            meters.print(f"warning   {warning}")
     with closing(loader):
         result = trainer.fit(meters)
     if meters.active:  # the summary reads the validation data once more

@@ -78,6 +78,12 @@ class LaunchEnvironment:
             said.setdefault("LOCAL_WORLD_SIZE", str(-(-int(tasks) // int(nodes))))
 
 
+def slurm_start() -> tuple[str, int] | None:
+    """(SLURM job that this process is part of, how often that was taken back to the queue and started again)."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return (job, int(restarts)) if job and restarts.isdecimal() else None
+
+
 def pick_device(local_rank: int) -> torch.device:
     """This rank's device: a GPU where torch sees one, unless DS_ACCELERATOR=cpu (DeepSpeed's own variable) says no."""
     _share_cores()

@@ -22,7 +22,7 @@ from megalite.layers.attention import Attend
 from megalite.model.gpt import Stage
 from megalite.topology import Topology
 from megalite.training import muon
-from megalite.training.checkpoint_reader import MOMENTS
+from megalite.training.checkpoint_reader import MOMENTS, Slice
 from megalite.training.optimizer import make_optimizer
 from megalite.training.requirements import zero_stage
 
@@ -36,8 +36,6 @@ with warnings.catch_warnings():
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
         safe_get_local_grad,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
         safe_set_local_fp32_param,
         safe_set_local_grad,
         safe_set_local_optimizer_state,
@@ -344,34 +342,50 @@ class Engine:
                 self.adam.state[master]["step"] = torch.tensor(float(step), device=master.device)
         self._link_moments()
 
+    def part(self, name: str) -> Slice:
+        """What this rank keeps of a parameter, and so what `load_state` wants: its tensor-parallel slice, of that
+        under ZeRO the elements whose fp32 master is here."""
+        parameter, grid, zero_rank = self.parameters[name], self.topology.grid, self.topology.zero_rank
+        first, last = 0, None
+        if self.zero_stage == 3:
+            size = parameter.ds_tensor.ds_numel  # the same on each rank: the last one's is padded
+            first, last = (min(rank * size, parameter.ds_numel) for rank in (zero_rank, zero_rank + 1))
+        elif self.zero_stage:
+            fragment = parameter._hp_mapping  # None where other ranks have all of it
+            first, last = 0, 0
+            if fragment is not None:
+                first = fragment.lp_fragment_address.start
+                last = first + fragment.lp_fragment_address.numel
+        split = parameter.tp_dim is not None and grid.tensor > 1
+        place = (parameter.tp_dim, parameter.tp_segments, grid.tensor, self.topology.tensor_rank) if split else ()
+        return Slice(*place, first=first, last=last)
+
     def load_state(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `gather`: {"weight", and each of its `moments`}, on every rank of ZeRO's group."""
+        """The inverse of `gather`: {"weight", and each of its `moments`}, of each the `part` of this rank, flat."""
         parameter = self.parameters[name]
-        if self.zero_stage == 0:
-            parameter.data.copy_(tensors["weight"])
-            for key in self.moments[name]:
-                self.adam.state[parameter][key].copy_(tensors[key])
-        elif self.zero_stage in (1, 2):
-            safe_set_full_fp32_param(parameter, tensors["weight"])
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[key], key)
-        else:
-            # safe_set_full_* fails on partitions with padding; a zero-padded slice is what each rank holds.
-            size = parameter.ds_tensor.ds_numel
-            for key, tensor in tensors.items():
-                padded = torch.zeros(size * self.topology.grid.zero)
-                padded[: tensor.numel()] = tensor.flatten()
-                local = padded[self.topology.zero_rank * size : (self.topology.zero_rank + 1) * size]
+        for key, tensor in tensors.items():
+            if self.zero_stage == 0:
+                kept = parameter.data if key == "weight" else self.adam.state[parameter][key]
+                kept.copy_(tensor.view(kept.shape))
+            elif self.zero_stage == 3:
+                # safe_set_full_* fails on partitions with padding; a zero-padded slice is what each rank holds.
+                local = torch.zeros(parameter.ds_tensor.ds_numel)
+                local[: tensor.numel()] = tensor
                 if key == "weight":
                     safe_set_local_fp32_param(parameter, local)
                 else:
                     safe_set_local_optimizer_state(parameter, local, key)
+            elif parameter._hp_mapping is not None:
+                fragment = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+                fragment.data.copy_(tensor)
 
     def end_load(self) -> None:
         """After a series of `load_state`: refresh the weights that forward uses from the fp32 masters."""
         if self.zero_stage == 3:
             for group in range(len(self.optimizer.fp16_groups)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            # What is gathered, as small parameters always are once used, is gathered anew.
+            self.optimizer.empty_partition_cache()
         elif self.zero_stage:
             self.optimizer.update_lp_params()
 

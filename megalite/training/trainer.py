@@ -15,13 +15,14 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.data.dataset import WindowDataset
 from megalite.data.loader import TrainLoader, eval_batches
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, UserError
 from megalite.model.flops import flops_per_token, peak_tflops
 from megalite.pipeline.executor import Executor
 from megalite.pipeline.schedules import build
 from megalite.topology import Topology
 from megalite.training import checkpoint
 from megalite.training.checkpoint_reader import Checkpoint
+from megalite.training.checkpoint_writer import Copies, Saved, Writer
 from megalite.training.engine import Engine
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.meters import Meters, memory_bytes
@@ -67,6 +68,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.branched_from: str | None = None
         self.output_dir = Path(config.checkpoint.output_dir)
+        self.writer = Writer(self.output_dir, topology, config)
         self.flops_per_token = flops_per_token(config.model, config.data.block_size)
         on_gpu = topology.device.type == "cuda"
         half = config.training.precision != "fp32"  # the known peaks are those of half precision
@@ -76,25 +78,41 @@ class Trainer:
     def resume(self, found: Checkpoint, branched_from: str | None) -> str | None:
         """Go on from a checkpoint: weights, optimizer, position in the data, counters.
 
-        branched_from: what `checkpoint.choose_resume` says. Returns what the loader wants the user to know.
+        branched_from: what `choose_resume` says. Returns what the loader wants the user to know.
         """
         self.branched_from = branched_from
         # First, as it may refuse, and loading reads every tensor.
         notice = self.topology.together(self.loader.load_state_dict, found.state["data"])
         checkpoint.load(found, self.engine, self.topology)
         self.step, self.tokens = found.state["step"], found.state["tokens"]
+        self.skipped_in_a_row = found.state.get("skipped_in_a_row", 0)
         return notice
+
+    def init_from(self, found: Checkpoint) -> None:
+        """Start a new run with the weights of a checkpoint."""
+        checkpoint.load_weights(found, self.engine, self.topology)
 
     def fit(self, meters: Meters) -> dict[str, Any]:
         """Train to max_steps; returns "loss" (None if no step was left to do) and what `evaluate` says at the end."""
         self.meters = meters
-        training, save_every = self.config.training, self.config.checkpoint.save_every
-        record: dict = {}
         if self.step >= self.max_steps:
             meters.print(f"Training was finished at step {self.step}; raise --max-steps to go on.")
             return {"loss": None, **self.evaluate()}
+        try:
+            record = self._train()
+        except UserError as error:
+            if error.on_every_rank:
+                self._tell(self.writer.wait())  # what was being saved is from before, and good
+            raise
+        return {key: record[key] for key in ("loss", "eval_loss", "eval_losses") if key in record}
+
+    def _train(self) -> dict[str, Any]:
+        """The steps that are left; returns the last one's record."""
+        meters, training, save_every = self.meters, self.config.training, self.config.checkpoint.save_every
+        record: dict = {}
         while self.step < self.max_steps:
             record = self.train_step()
+            record |= self._tell(self.writer.poll())
             last = self.step == self.max_steps
             if last or (training.eval_every and self.step % training.eval_every == 0):
                 record |= self.evaluate()
@@ -102,10 +120,17 @@ class Trainer:
                     if loss is not None:
                         where = f"step {self.step}{name and f'  {name}'}"
                         meters.print(f"{where}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}")
-            meters.record(record)
+            copies = None
             if last or (save_every and self.step % save_every == 0):
-                self.save()
-        return {key: record[key] for key in ("loss", "eval_loss", "eval_losses") if key in record}
+                started = time.perf_counter()
+                copies = self.copy_state(record)
+                record["save_pause_seconds"] = time.perf_counter() - started
+            # A step that a checkpoint holds is in the metrics: a resumed run would not write it again.
+            meters.record(record)
+            if copies is not None:
+                self.writer.start(copies)
+        self._tell(self.writer.wait())
+        return record
 
     def train_step(self) -> dict:
         """One optimizer step over the global batch; returns its metrics."""
@@ -184,19 +209,30 @@ class Trainer:
             total, valid = self.executor.evaluate(map(self._to_device, batches))
         return self._sum_over_all(torch.tensor([total, valid], dtype=torch.float64, device=self.topology.device))
 
-    def save(self) -> None:
-        started = time.perf_counter()
-        self.watch(f"step {self.step}, saving the checkpoint")
+    def copy_state(self, record: dict) -> Copies:
+        """All that a checkpoint of this step holds, copied to the host, once the one before it is written; collective.
+
+        record: of the step, to which the one before adds its metrics.
+        """
+        record |= self._tell(self.writer.wait())
+        self.watch(f"step {self.step}, copying the state for a checkpoint")
         state = {
             "step": self.step,
             "adam_step": self.engine.adam_step,
             "tokens": self.tokens,
             "data": self.loader.state_dict(),
             "loss_scale": self.engine.loss_scale_state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
             "branched_from": self.branched_from,
         }
-        folder = checkpoint.save(self.output_dir, self.step, self.engine, self.topology, state, self.config)
-        self.meters.print(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
+        return checkpoint.host_copies(self.step, self.engine, self.topology, state)
+
+    def _tell(self, saved: Saved | None) -> dict[str, float]:
+        """Say that a checkpoint is there; returns its metrics."""
+        if saved is None:
+            return {}
+        self.meters.print(f"step {saved.step}  saved {saved.folder} in {saved.seconds:.1f} s, beside training")
+        return {"save_write_seconds": saved.seconds}
 
     def _diverged(self, what: str) -> ConfigError:
         """Every rank sees the same sums, so every rank raises this, before a checkpoint could hold such weights."""

@@ -80,8 +80,9 @@ class Job:
         path = self.root / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def kill_at(self, name: str, step: int, *arguments: str, **options) -> None:
-        """Start a run, and kill -9 all of its processes once it has logged `step`."""
+    def kill_at(self, name: str, step: int, *arguments: str, saved: int, **options) -> None:
+        """Start a run, and kill -9 all of its processes once it has logged `step` and its checkpoint of step `saved`,
+        which is written beside training, is there."""
         process = subprocess.Popen(
             self.command(name, *arguments, **options),
             env=environment(self.accelerator),
@@ -91,8 +92,8 @@ class Job:
         )
         try:
             deadline = time.monotonic() + 120
-            path = self.root / name / "metrics.jsonl"
-            while not path.exists() or path.read_bytes().count(b"\n") < step:
+            path, checkpoint = self.root / name / "metrics.jsonl", self.root / name / "checkpoints" / f"step-{saved}"
+            while not path.exists() or path.read_bytes().count(b"\n") < step or not checkpoint.exists():
                 assert process.poll() is None, f"the run ended by itself with {process.returncode}"
                 assert time.monotonic() < deadline, "the run does not get there"
                 time.sleep(0.02)

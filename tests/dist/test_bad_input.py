@@ -158,6 +158,19 @@ def test_a_branch_does_not_write_into_another_run(job, trained):
     assert sorted(path.name for path in other.iterdir()) == ["latest", "step-2", "step-4"]
 
 
+def test_a_lock_of_another_host_and_a_requeued_job(job, monkeypatch):
+    folder = job.root / "requeued" / "checkpoints"
+    folder.mkdir(parents=True)
+    lock = {"host": "elsewhere", "pid": 1, "started": "then", "job": "7", "restarts": 0}
+    (folder / "owner.lock").write_text(json.dumps(lock))
+    refused(job, "requeued", 78, "pid 1 on elsewhere", "owner.lock if it is dead", arguments=["--max-steps", "1"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert len(job.train("requeued", "--max-steps", "1", "--warmup-steps", "0")) == 1
+    assert "warning   took over" in (job.root / "requeued" / "train.log").read_text()
+    assert not (folder / "owner.lock").exists()
+
+
 @pytest.mark.parametrize("zero", ["0", "1", "3"])
 def test_numbers_that_are_lost_end_the_run_and_are_not_saved(job, zero):
     name = f"diverged-{zero}"
@@ -174,26 +187,34 @@ def test_output_folder_that_cannot_be_written_is_noticed_first(job):
     assert job.metrics("unwritable") == []
 
 
-def test_disk_that_fills_up_while_saving(job):
-    """A limit on the size of files stands for the full disk: the same write fails, with another errno."""
-    name = "full-disk"
-    job.train(name, "--max-steps", "2", "--lr-schedule", "constant")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_disk_that_fills_up_while_saving(job, ranks):
+    """A limit on the size of files stands for the full disk: the same write fails, with another errno.
+
+    Of two pipeline stages the second's file is larger, by the last norm, so that it alone fails, while training goes on.
+    """
+    name, options = f"full-disk-{ranks}", {"launcher": "deepspeed", "ranks": ranks}
+    arguments = ["--parallel.pipeline", str(ranks), "--tie-embeddings", "false", "--lr-schedule", "constant"]
+    job.train(name, *arguments, "--max-steps", "2", **options)
     latest = job.root / name / "checkpoints" / "step-2"
-    size = next(latest.glob("optimizer-*")).stat().st_size
-    command = job.command(name, "--max-steps", "4", "--lr-schedule", "constant")
+    files = sorted(latest.glob("optimizer-*"))
+    limit = files[-1].stat().st_size - 1
+    assert [file.stat().st_size <= limit for file in files] == [True, False][-ranks:]
+    arguments += ["--save-every", "4"]
     done = subprocess.run(
-        command,
+        job.command(name, *arguments, "--max-steps", "10000", **options),
         env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode == 1
-    assert len(errors) == 1
-    assert "cannot write" in errors[0]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"error: cannot write {latest.parent}/step-4.tmp/{files[-1].name}: ")
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step-2"]  # the last good one, whole
-    resumed = job.train(name, "--max-steps", "4", "--lr-schedule", "constant")
-    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    assert job.metrics(name)[-1]["step"] <= 8  # where the next save waits for this one
+    steps = [line["step"] for line in job.train(name, *arguments, "--max-steps", "8", **options)]
+    assert steps == list(range(1, 9))

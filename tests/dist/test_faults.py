@@ -236,7 +236,8 @@ def is_rank(process: psutil.Process, rank: int) -> bool:
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_run_whose_rank_is_killed(job, launcher):
     name = f"killed-rank-{launcher}"
-    code, output, seconds = train_until(job, name, 5, launcher, lambda rank: rank.kill())
+    # The line of step 6 is written once that one is copied, for which the checkpoint of step 3 has to be finished.
+    code, output, seconds = train_until(job, name, 6, launcher, lambda rank: rank.kill())
     assert code
     assert seconds < 30
     # The launcher may be the first to see it; it then says so, and ends the ranks that would.

@@ -47,7 +47,7 @@ def test_a_layout_equals_one_rank(job, one_rank, case):
 def test_killed_and_resumed_in_the_same_layout_to_the_bit(job):
     arguments = (*MODEL, *TP2, *PP2, "--zero", "3", "--save-every", "4", "--dropout", "0.1")
     whole = job.train("whole", *arguments, launcher="torchrun", ranks=4)
-    job.kill_at("killed", 6, *arguments, launcher="torchrun", ranks=4)
+    job.kill_at("killed", 6, *arguments, saved=4, launcher="torchrun", ranks=4)
     resumed = job.train("killed", *arguments, launcher="torchrun", ranks=4)
     assert "resumed   from" in (job.root / "killed" / "train.log").read_text()
     keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
@@ -57,8 +57,8 @@ def test_killed_and_resumed_in_the_same_layout_to_the_bit(job):
 def test_resumed_in_other_layouts(job, one_rank):
     """Saved by a pipeline of tensor-parallel stages, continued by one rank, and that by context parallel ones."""
     first = (*MODEL, *TP2, *PP2, "--zero", "1", "--save-every", "3")
-    job.kill_at("moved", 5, *first, launcher="deepspeed", ranks=4)
-    job.kill_at("moved", 8, *MODEL, "--zero", "0", "--save-every", "3")
+    job.kill_at("moved", 5, *first, saved=3, launcher="deepspeed", ranks=4)
+    job.kill_at("moved", 8, *MODEL, "--zero", "0", "--save-every", "3", saved=6)
     last = (*MODEL, "--parallel.context", "2", *PP2, "--zero", "3")
     assert_same_curve(job.train("moved", *last, launcher="deepspeed", ranks=4), one_rank[""], RELATIVE)
 

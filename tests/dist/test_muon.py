@@ -22,7 +22,7 @@ def test_two_ranks_equal_one(job, one_rank):
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(job, one_rank):
-    job.kill_at("muon-killed", 6, *MUON)
+    job.kill_at("muon-killed", 6, *MUON, saved=4)
     resumed = job.train("muon-killed", *MUON)
     assert "resumed   from" in (job.root / "muon-killed" / "train.log").read_text()
     keys = ("step", "loss", "grad_norm", "eval_loss")

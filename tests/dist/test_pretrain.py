@@ -119,7 +119,7 @@ def test_killed_and_resumed_equals_never_killed(job, gathered, launcher, ranks, 
     arguments = [gathered if each == "gathered" else each for each in arguments]
     arguments = ["--save-every", "4", *arguments]
     whole = job.train(f"whole-{name}", *arguments, launcher=launcher, ranks=ranks)
-    job.kill_at(f"killed-{name}", 6, *arguments, launcher=launcher, ranks=ranks)
+    job.kill_at(f"killed-{name}", 6, *arguments, saved=4, launcher=launcher, ranks=ranks)
     resumed = job.train(f"killed-{name}", *arguments, launcher=launcher, ranks=ranks)
     assert "resumed   from" in (job.root / f"killed-{name}" / "train.log").read_text()
     keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
@@ -129,8 +129,8 @@ def test_killed_and_resumed_equals_never_killed(job, gathered, launcher, ranks, 
 def test_resume_in_another_layout(job, one_rank):
     """Saved by two ranks of ZeRO-3, continued by one of ZeRO-1, and that again by two of ZeRO-2 offload."""
     name = "relayout"
-    job.kill_at(name, 5, "--zero", "3", "--save-every", "3", launcher="deepspeed", ranks=2)
-    job.kill_at(name, 8, "--zero", "1", "--save-every", "3")
+    job.kill_at(name, 5, "--zero", "3", "--save-every", "3", saved=3, launcher="deepspeed", ranks=2)
+    job.kill_at(name, 8, "--zero", "1", "--save-every", "3", saved=6)
     offload = ("--deepspeed", "ds_configs/zero2_offload.json")
     assert_same_curve(job.train(name, *offload, launcher="deepspeed", ranks=2), one_rank, RELATIVE)
 
@@ -160,7 +160,7 @@ def test_a_blend_killed_on_two_ranks_and_resumed_on_one(job):
     arguments += ["--train-files=", "--blend", f"{prefixes[0]}=0.7", f"{prefixes[1]}=3e-1"]
     arguments += ["--eval-files", f"few={few.prefix}", f"code={prefixes[0]}", f"code={prefixes[1]}"]
     whole = job.train("blend-whole", *arguments, launcher="deepspeed", ranks=2)
-    job.kill_at("blend-killed", 6, *arguments, launcher="deepspeed", ranks=2)
+    job.kill_at("blend-killed", 6, *arguments, saved=5, launcher="deepspeed", ranks=2)
     resumed = job.train("blend-killed", *arguments)
     step = resumed_step(job, "blend-killed")
     assert 5 <= step < 30
@@ -195,7 +195,7 @@ def test_streamed_text_killed_on_two_ranks_and_resumed_on_one(job):
     arguments = ["--data.format", "text", "--train-files", str(text), "--split-on", "blank"]
     arguments += ["--max-steps", "20", "--save-every", "5", "--mask-documents", "--reset-positions"]
     whole = job.train("stream-whole", *arguments, launcher="deepspeed", ranks=2)
-    job.kill_at("stream-killed", 6, *arguments, launcher="deepspeed", ranks=2)
+    job.kill_at("stream-killed", 6, *arguments, saved=5, launcher="deepspeed", ranks=2)
     recompute = ("--activation-checkpointing", "full", "--num-workers", "1")
     resumed = job.train("stream-killed", *arguments, *recompute)
     assert 5 <= resumed_step(job, "stream-killed") < 20

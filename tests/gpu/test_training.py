@@ -33,7 +33,7 @@ def test_killed_and_resumed_on_a_gpu(job):
     gpu = replace(job, accelerator="cuda")
     arguments = ["--zero", "3", "--precision", "bf16", "--save-every", "4"]
     whole = gpu.train("gpu-whole", *arguments)
-    gpu.kill_at("gpu-killed", 6, *arguments)
+    gpu.kill_at("gpu-killed", 6, *arguments, saved=4)
     resumed = gpu.train("gpu-killed", *arguments)
     # GPU sums may differ in their order from run to run.
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in whole], rel=5e-3)

@@ -19,8 +19,8 @@ LAYERS = [
     {"data", "comms"},
     {"layers", "pipeline"},
     {"model"},
-    {"training", "interop"},
-    {"generation"},
+    {"training"},
+    {"generation", "interop"},
     {"pretrain", "tools"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.topology import AXES, Grid, LaunchEnvironment
+from megalite.topology import AXES, Grid, LaunchEnvironment, slurm_start
 
 # world size, tensor, pipeline, context
 GRIDS = pytest.mark.parametrize(
@@ -228,3 +228,20 @@ def test_half_of_sruns_variables_are_refused(monkeypatch):
         "launcher environment: SLURM_STEP_ID is set, but not SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES,"
         " SLURM_STEP_NODELIST, SLURM_CPUS_ON_NODE: start with srun, or unset SLURM_STEP_ID for one process"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "start"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, ("12", 0)),
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, ("12", 3)),
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "x"}, None),
+    ],
+)
+def test_slurm_says_which_start_of_which_job(monkeypatch, said, start):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert slurm_start() == start
