@@ -322,11 +322,15 @@ class Engine:
     def gather(self, name: str, key: str) -> Tensor:
         """A parameter's fp32 "weight", or one of its `moments`: this tensor-parallel rank's slice, whole over ZeRO.
 
-        Collective over ZeRO's group, between `begin_gather` and the next step. At ZeRO-0 this is the tensor itself.
+        Collective over ZeRO's group, between `begin_gather` and the next step. Where one rank has all of it this is the
+        tensor itself.
         """
         parameter = self.parameters[name]
         if self.zero_stage == 0:
             return parameter.detach() if key == "weight" else self.adam.state[parameter][key]
+        if self.zero_stage < 3 and self.topology.grid.zero == 1:  # all of it is here, and DeepSpeed would copy it twice
+            master = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+            return master.detach().view(parameter.shape)
         full = safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
         return full.detach().view(parameter.ds_shape if self.zero_stage == 3 else parameter.shape)
 
