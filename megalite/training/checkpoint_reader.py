@@ -235,7 +235,8 @@ def read_slice(stored: Any, shape: tuple[int, ...], part: Slice) -> Tensor:
         if begin < end:
             pieces.append(_read_rows(stored, start + begin, start + end, part))
         passed += count
-    return torch.cat(pieces).flatten()[part.first - low * width : last - low * width]
+    read = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return read.flatten()[part.first - low * width : last - low * width]
 
 
 def _read_rows(stored: Any, begin: int, end: int, part: Slice) -> Tensor:
