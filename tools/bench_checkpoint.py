@@ -15,12 +15,11 @@ DeepSpeed         save_checkpoint and load_checkpoint of the engine that ours ha
 
 "Stands still" is how long training would. Where a save goes on beside training, the state is overwritten then, as a
 step does. Each load and export is compared with what was to be saved, to the bit, outside of the times; a difference
-ends the run. What is read was written a moment ago, so it comes from the page cache, if memory suffices. On a busy
-machine CPU seconds tell more than the others.
+ends the run. What is read was written a moment ago, so it comes from the page cache, if memory suffices, and as much
+memory as copies take was in use a moment ago. On a busy machine CPU seconds tell more than the others.
 
-Memory is beyond the state: what the process has with weights and moments in place, before a save and after a load; an
-export has none. It is the peak that Linux saw, and, in samples each 5 ms, the part that is no mapped file, whose pages
-Linux can take back.
+Memory is beyond the state, which is there before a save and after a load; an export has none. It is the peak that Linux
+saw, and, in samples each 5 ms, the part that is no mapped file, whose pages Linux can take back.
 """
 
 import argparse
@@ -75,8 +74,7 @@ KEYS = ("weight", "exp_avg", "exp_avg_sq")
 # Bytes needed: (for each parameter, besides). In memory it is the state, of which ZeRO has the weights twice, and the
 # copies of a save with what they break up; on the disk DeepSpeed's checkpoint, which has the weights twice.
 MEMORY, DISK = (32, 1 << 30), (16, 100 << 20)
-ROW_SECONDS = 3600  # no row takes as long, unless it hangs
-SAMPLE_SECONDS = 0.005
+ROW_SECONDS, SAMPLE_SECONDS = 3600, 0.005  # no row takes as long, unless it hangs
 
 
 def main() -> None:
@@ -88,8 +86,7 @@ def main() -> None:
         config = make_config(options.parameters, Path(folder))
         parameters = sum(map(math.prod, parameter_shapes(config.model).values()))
         print_machine(None)
-        versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "safetensors"))
-        print(f"{versions}; {psutil.virtual_memory().available / 1e9:.1f} GB of memory free")
+        print(f"deepspeed {version('deepspeed')}; {psutil.virtual_memory().available / 1e9:.1f} GB of memory free")
         shape = ", ".join(f"{key} {value}" for key, value in config.model.model_dump(exclude_unset=True).items())
         print(f"{parameters:,} parameters: {shape}; fp32, AdamW, ZeRO-1, one rank\n", flush=True)
         found: dict[str, list[dict]] = {}
@@ -135,9 +132,8 @@ def make_config(parameters: float, folder: Path) -> Config:
     model |= {"num_layers": round((parameters / hidden**2 - 16) / 14.5), "num_heads": heads, "num_kv_heads": heads // 4}
     data = {"train_files": ["random"], "tokenizer_dir": str(folder / "tokenizer"), "block_size": 8}
     training = {"precision": "fp32", "per_device_train_batch_size": 1, "max_steps": 2}
-    checkpoint = {"output_dir": str(folder / "checkpoint")}
-    sections = {"model": model, "data": data, "training": training, "checkpoint": checkpoint}
-    return Config.model_validate(sections | {"deepspeed": "ds_configs/zero1.json"})
+    sections = {"model": model, "data": data, "training": training, "deepspeed": "ds_configs/zero1.json"}
+    return Config.model_validate(sections | {"checkpoint": {"output_dir": str(folder / "checkpoint")}})
 
 
 def run_sides(turn: str, config: Config, folder: Path, found: dict[str, list[dict]]) -> None:
@@ -185,7 +181,11 @@ def report(options: argparse.Namespace, config: Config, parameters: int, found: 
 class Watch:
     """Times a block, and watches the memory of this process meanwhile."""
 
+    def __init__(self, config: Config):
+        self.copies = 12 * sum(map(math.prod, parameter_shapes(config.model).values()))  # bytes
+
     def __enter__(self) -> Self:
+        torch.ones(self.copies, dtype=torch.uint8)  # a virtual machine is slow to find memory that was not in use
         self.before = resident()
         self.own_peak, self.pause, self.ended = self.before[1], None, threading.Event()
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -254,7 +254,7 @@ def measure(side: str, operation: str, config: Config, rank: int, private: Path)
     trainer = start_trainer(config, 0, 1, private / "store", {})
     engine = trainer.engine
     if operation == "load":
-        with Watch() as watch:
+        with Watch(config) as watch:
             if side == OURS:
                 found, branched_from, _ = find_resume(config, trainer.topology)
                 trainer.resume(found, branched_from)
@@ -278,7 +278,7 @@ def measure(side: str, operation: str, config: Config, rank: int, private: Path)
     (private / "text.txt").write_text(__doc__)
     train_tokenizer([str(private / "text.txt")], 300, config.data.tokenizer_dir)
     trainer.step = 1
-    with Watch() as watch:
+    with Watch(config) as watch:
         if side == OURS:
             trainer.writer.start(trainer.copy_state({}))
             masters = engine.adam.state.items()
@@ -298,7 +298,7 @@ def run_dcp(operation: str, beside: bool, config: Config, output: Path, private:
     shapes = {(name, key): shape for name, shape in parameter_shapes(config.model).items() for key in KEYS}
     if operation == "save":
         state = {".".join(place): random_tensor(*place, shape) for place, shape in shapes.items()}
-        with Watch() as watch:
+        with Watch(config) as watch:
             if beside:
                 future = dcp.async_save(state, checkpoint_id=output)
                 watch.training_goes_on(state.values())
@@ -308,7 +308,7 @@ def run_dcp(operation: str, beside: bool, config: Config, output: Path, private:
             sync(output)
         return watch.figures(watch.before, output)
     state = {".".join(place): torch.zeros(shape) for place, shape in shapes.items() if place[1] == "weight"}
-    with Watch() as watch:
+    with Watch(config) as watch:
         # As ours, the moments are made when they are loaded. Its .metadata is a pickle: see `measure`.
         state |= {".".join(place): torch.zeros(shape) for place, shape in shapes.items() if place[1] != "weight"}
         dcp.load(state, checkpoint_id=output)
@@ -320,7 +320,7 @@ def run_dcp(operation: str, beside: bool, config: Config, output: Path, private:
 
 def export(config: Config, checkpoint: Path, output: Path) -> dict[str, float]:
     """What tools/export_hf.py does."""
-    with Watch() as watch:
+    with Watch(config) as watch:
         found, tokenizer = generation.open_checkpoint(checkpoint)
         found.verify()
         hf.export_model(found, tokenizer, output, torch.bfloat16)

@@ -29,7 +29,7 @@ from megalite.errors import UserError
 from megalite.topology import Topology
 from megalite.training.checkpoint_reader import FORMAT, FORMAT_VERSION, list_checkpoints
 
-LIBRARIES = ("megalite", "torch", "deepspeed", "safetensors", "tokenizers", "numpy")
+LIBRARIES = ("megalite", "deepspeed", "safetensors", "tokenizers", "numpy")
 PIECE = 1 << 26  # bytes hashed and written at a time
 WRITE_TIMEOUT = timedelta(hours=6)  # how long a rank's thread may wait for another's disk; nobody else waits
 
@@ -207,7 +207,7 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:  # megalite, run from its folder
             continue
-    return found
+    return found | {"torch": torch.__version__}  # which names its build, too
 
 
 def _write(path: Path, content: bytes) -> dict:
