@@ -261,8 +261,13 @@ def rms_norm(
     a CPU.
     """
     triton_runs = choose("rms_norm", x, weight, residual)
-    dtypes = {tensor.dtype for tensor in (x, weight, residual) if tensor is not None}
-    wide = x.device.type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
-    if triton_runs or (wide and not torch.compiler.is_compiling()):
+    if triton_runs or _by_hand(x, weight, residual):
         return _RMSNorm.apply(x, weight, eps, residual, triton_runs)
     return rms_norm_reference(x, weight, eps, residual)
+
+
+def _by_hand(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether `_forward_torch` runs where Triton does not: on a CPU, in one wide dtype, and not in a compiled graph."""
+    dtypes = {tensor.dtype for tensor in (x, weight, residual) if tensor is not None}
+    wide = dtypes in ({torch.float32}, {torch.float64})
+    return x.device.type == "cpu" and wide and not torch.compiler.is_compiling()

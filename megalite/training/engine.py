@@ -329,8 +329,7 @@ class Engine:
         if self.zero_stage == 0:
             return parameter.detach() if key == "weight" else self.adam.state[parameter][key]
         if self.zero_stage < 3 and self.topology.grid.zero == 1:  # all of it is here, and DeepSpeed would copy it twice
-            master = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
-            return master.detach().view(parameter.shape)
+            return _master(parameter, key).detach().view(parameter.shape)
         full = safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
         return full.detach().view(parameter.ds_shape if self.zero_stage == 3 else parameter.shape)
 
@@ -380,8 +379,7 @@ class Engine:
                 else:
                     safe_set_local_optimizer_state(parameter, local, key)
             elif parameter._hp_mapping is not None:
-                fragment = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
-                fragment.data.copy_(tensor)
+                _master(parameter, key).data.copy_(tensor)
 
     def end_load(self) -> None:
         """After a series of `load_state`: refresh the weights that forward uses from the fp32 masters."""
@@ -431,6 +429,11 @@ def ulysses(group: Group) -> Attend:
         return inner(q, k, v, 1, None, core)  # 1: the batch's dimension; None: positions are rotated before
 
     return attend
+
+
+def _master(parameter: nn.Parameter, key: str) -> Tensor:
+    """At ZeRO-1 and 2, the part of the fp32 "weight" or of a moment that this rank keeps, flat."""
+    return parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
 
 
 def _prepare(topology: Topology, log_level: str) -> None:
