@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalite.kernels.dispatch import choose, operator, tl, triton
+from megalite.kernels.dispatch import check_shape, choose, on_its_device, operator, tl, triton
 
 # Of a row, or a rank's part of it: the largest logit, the sum of exp(logit - largest), the target's logit (0 where it
 # is not in this part); for label smoothing alone, else 0: the sum of the logits above -inf, and how many those are.
@@ -65,6 +65,7 @@ def _run(
     triton_runs: bool, logits: Tensor, targets: Tensor, group, ignore_index: int, label_smoothing, z_loss, softcap
 ) -> Tensor:
     check_options(label_smoothing, softcap)
+    check_shape("cross_entropy", "targets", targets, logits.shape[:-1])
     # What a compiled graph holds for backward, and the data that a leaf stands for, are not ours to overwrite.
     overwrite = False
     if not torch.compiler.is_compiling():
@@ -369,6 +370,7 @@ def _gradient_triton(x: Tensor, index: Tensor, factors: Tensor, softcap: float, 
     return out
 
 
+@on_its_device
 def _launch_gradient(x: Tensor, index: Tensor, factors: Tensor, softcap: float, smoothing: bool, out: Tensor) -> None:
     if x.shape[0]:
         t, v = x.shape

@@ -8,7 +8,7 @@ runs the same kernels in numpy, slowly, for tests.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -103,10 +103,11 @@ def operator(name: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     Going through a registered operator costs 20 us a call more than calling the function. `fake` is the same without
     the arithmetic: empty tensors of the results' shapes. The function may not return its inputs, nor views of them,
-    nor write into them. `.registered` of what this gives is the operator.
+    nor write into them; its first argument is a tensor. `.registered` of what this gives is the operator.
     """
 
     def decorate(launch: Callable) -> Callable:
+        launch = on_its_device(launch)
         registered = torch.library.custom_op(f"megalite::{name}", launch, mutates_args=())
         registered.register_fake(fake)
 
@@ -118,6 +119,24 @@ def operator(name: str, fake: Callable) -> Callable[[Callable], Callable]:
         return call
 
     return decorate
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless `tensor` is of the shape that the others ask for: where torch would broadcast it, or say what
+    is wrong, a kernel reads what lies behind it."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, and the others ask for {list(shape)}")
+
+
+def on_its_device(launch: Callable) -> Callable:
+    """Decorates a function that launches kernels: on its first argument's GPU. Triton itself takes the current one."""
+
+    @functools.wraps(launch)
+    def call(first: Tensor, *args):
+        with torch.cuda.device_of(first):
+            return launch(first, *args)
+
+    return call
 
 
 def rows(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from megalite.kernels.cross_entropy import (
     statistics,
     statistics_torch,
 )
-from megalite.kernels.dispatch import choose
+from megalite.kernels.dispatch import check_shape, choose
 from megalite.kernels.linear import product
 
 # 4096 tokens: with few of them, reading and writing the fp32 gradient of the weight costs more than the product that is
@@ -92,6 +92,7 @@ def _run(
     group, ignore_index, label_smoothing, z_loss, softcap, chunk_tokens, vocab_size,
 ) -> Tensor:  # fmt: skip
     check_options(label_smoothing, softcap)
+    check_shape("linear_cross_entropy", "targets", targets, hidden.shape[:-1])
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens} is less than 1")
     device, local = hidden.device.type, weight.shape[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalite.kernels.dispatch import choose, operator, rows, tl, triton
+from megalite.kernels.dispatch import check_shape, choose, operator, rows, tl, triton
 
 # A row up to this is held in registers, a longer one is read twice, in blocks. Backward holds more for each column.
 _LONGEST_FORWARD, _LONGEST_BACKWARD, _BLOCK = 16384, 8192, 4096
@@ -260,6 +260,9 @@ def rms_norm(
     returns (the result, x + residual): the second is the new residual stream. No second derivative from Triton, nor on
     a CPU.
     """
+    check_shape("rms_norm", "weight", weight, x.shape[-1:])
+    if residual is not None:
+        check_shape("rms_norm", "residual", residual, x.shape)
     triton_runs = choose("rms_norm", x, weight, residual)
     if triton_runs or _by_hand(x, weight, residual):
         return _RMSNorm.apply(x, weight, eps, residual, triton_runs)

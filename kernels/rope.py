@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalite.kernels.dispatch import choose, operator, tl, triton
+from megalite.kernels.dispatch import check_shape, choose, operator, tl, triton
 
 _TILE = 4096  # elements of half a head's width times heads that a program holds at a time
 
@@ -150,6 +150,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     q: [s, b, n, d], k: [s, b, n_kv, d]; cos, sin: [s, b or 1, 1, d/2] in fp32 -> the same shapes and dtypes as q and k.
     No gradient to cos and sin, and no second derivative.
     """
+    check_shape("rope", "k", k, (*q.shape[:2], k.shape[-2], q.shape[-1]))
     triton_runs = choose("rope", q, k, cos, sin)
     if not triton_runs and torch.compiler.is_compiling():
         return rope_reference(q, k, cos, sin)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalite.kernels.dispatch import choose, operator, rows, tl, triton
+from megalite.kernels.dispatch import check_shape, choose, operator, rows, tl, triton
 
 _BLOCK = 1024  # columns of a program: with 4 warps one 16-byte load of bf16 a thread
 _CPU_BLOCK = 2**18  # elements for each thread at a time on a CPU: what several passes go over stays in its cache
@@ -125,6 +125,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, computed in at least fp32 by Triton; gate, up: [..., f] -> [..., f]. No second derivative."""
+    check_shape("swiglu", "up", up, gate.shape)
+    if gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate is {gate.dtype}, and up {up.dtype}")
     triton_runs = choose("swiglu", gate, up)
     if not triton_runs and torch.compiler.is_compiling():
         return swiglu_reference(gate, up)

@@ -18,6 +18,7 @@ CPU seconds.
 import argparse
 import itertools
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -108,7 +109,16 @@ def take_turns(options: argparse.Namespace, rest: list[str], data: Path) -> dict
         for side in sides:
             command = [sys.executable, __file__, *sys.argv[1:], "--row", side, "--tokens", str(data)]
             errors = None if options.profile else subprocess.PIPE
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=RUN_SECONDS)
+            # The Trainer would take all GPUs, and as many batches.
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=RUN_SECONDS,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+            )
             *printed, last = done.stdout.splitlines() or [""]
             if done.returncode:
                 why = ((done.stderr or "").strip().splitlines() or ["it printed nothing"])[-1]

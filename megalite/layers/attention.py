@@ -4,6 +4,7 @@ Shapes: s queries, t keys, b batch, h hidden, n query heads, k key/value heads, 
 stand before the tokens of every document.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -248,7 +249,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> T
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    if q.shape[1] != k.shape[1] and q.is_cuda and (mask is not None or q.dtype not in _HALF):
+    groups_fused = mask is None and _has_flash(q.device, q.dtype, q.shape[-1])
+    if q.shape[1] != k.shape[1] and q.is_cuda and not groups_fused:
         # Of the fused kernels only those without a mask, in half precision, take groups; unfused would keep s^2.
         k, v = _repeat_heads(q, k, v)
     with _backends(q.device, q.dtype, is_causal):
@@ -292,22 +294,25 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor
     from torch.nn.attention.varlen import varlen_attn  # not above: it takes torch._dynamo, and so a second, along
 
     b, _, s, _ = q.shape
-    k, v = _repeat_heads(q, k, v)  # torch 2.11 has no enable_gqa here
+    options = {"scale": 1.0 / math.sqrt(q.shape[-1]), "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # torch 2.11
+        k, v = _repeat_heads(q, k, v)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b * s, n, d]
     # s as the longest document, of which the true length would have to come from the GPU.
-    y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=1.0 / math.sqrt(q.shape[-1]), window_size=(-1, 0))
+    y = varlen_attn(q, k, v, bounds, bounds, s, s, **options)
     return y.unflatten(0, (b, s)).transpose(1, 2)
 
 
+def _has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """FlashAttention 2 (which torch pads other heads for): half precision, Ampere or later, heads of up to 256."""
+    return device.type == "cuda" and dtype in _HALF and _capability(device) >= (8, 0) and head_size <= 256
+
+
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """FlashAttention 2: half precision, Ampere or later, heads of up to 256 in steps of 8."""
-    return (
-        device.type == "cuda"
-        and dtype in _HALF
-        and _capability(device) >= (8, 0)
-        and head_size <= 256
-        and head_size % 8 == 0
-    )
+    """Its form for documents, in which heads are in steps of 8."""
+    return _has_flash(device, dtype, head_size) and head_size % 8 == 0
 
 
 def _check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:

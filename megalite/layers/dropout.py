@@ -31,7 +31,8 @@ class Dropout:
         """x [s, b, h] with some elements 0, the others scaled by 1 / (1 - probability). site: where in the model."""
         s, _, h = x.shape
         positions = torch.arange(self.first, self.first + s, device=x.device)[:, None]
-        place = _mix(torch.tensor(self.seed, device=x.device) * _STEP + site)
+        # Filled on the device: a tensor copied there would have the host wait for it.
+        place = _mix(torch.full((), self.seed, dtype=torch.int64, device=x.device) * _STEP + site)
         rows = _mix(_mix(place + self.samples) + positions)  # [s, b]
         numbers = _mix(rows[..., None] + torch.arange(h, device=x.device) * _STEP)
         keep = (numbers & 0xFFFFFF) >= int(self.probability * 2**24)

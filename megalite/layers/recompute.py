@@ -56,19 +56,32 @@ def _on_host(*shared) -> saved_tensors_hooks:
     stays = {tensor.data_ptr() for tensor in shared if isinstance(tensor, Tensor)}
 
     def pack(tensor: Tensor):
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.data_ptr() in stays:
+        if _of_parameter(tensor) or tensor.data_ptr() in stays:
             return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return host.copy_(tensor, non_blocking=True), tensor.device, tensor.stride()
+        # Of what is expanded, as a mask over heads, only what is there.
+        stored = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        host = torch.empty_like(stored, device="cpu", pin_memory=tensor.is_cuda)
+        return host.copy_(stored, non_blocking=True), tensor.device, tensor.shape, tensor.stride()
 
     def unpack(packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        host, device, stride = packed
-        tensor = host.to(device, non_blocking=True)
+        host, device, shape, stride = packed
+        tensor = host.to(device, non_blocking=True).expand(shape)
         if tensor.stride() == stride or 0 in stride:
             return tensor
         # A slice of something larger went without what it was a slice of. In another layout, sums have another order.
-        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device).copy_(tensor)
+        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device).copy_(tensor)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _of_parameter(tensor: Tensor) -> bool:
+    """Whether it is a parameter, a view of one, or autocast's copy of one: no activation."""
+    whole = tensor if tensor._base is None else tensor._base
+    if isinstance(whole, nn.Parameter):
+        return True
+    made_by = whole.grad_fn
+    if made_by is None or made_by.name() != "ToCopyBackward0":
+        return False
+    return isinstance(getattr(made_by.next_functions[0][0], "variable", None), nn.Parameter)

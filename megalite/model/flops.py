@@ -8,7 +8,9 @@ from megalite.config import ModelConfig
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "A100": 312.0,
@@ -17,6 +19,8 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
+
+FUSED_LOSS_CHUNK = 2**29  # bytes of logits at a time on a GPU (kernels/linear_cross_entropy.py)
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -63,7 +67,7 @@ def predict_memory(
 
     data_parallel: ranks that ZeRO divides among. States: ZeRO (arXiv:1910.02054, section 3), with fp32 gradient
     accumulation, of an even share of the model. Activations: what autograd keeps of each block, counted in the layers'
-    own operators, and the fp32 logits of the loss; of a pipeline, what 1f1b's first stage holds, with as many
+    own operators, and the head's, as it runs on a GPU; of a pipeline, what 1f1b's first stage holds, with as many
     micro-batches alive as there are stages. Allocator slack and communication buckets are not in it.
     """
     parameters = count_parameters(model) / (tensor * pipeline)
@@ -84,8 +88,11 @@ def predict_memory(
         cheap += model.num_heads * sequence / tensor  # the probabilities
     kept = {"none": matmuls + cheap, "selective": matmuls + between, "full": between, "offload": 0}[recompute]
     working = matmuls + cheap if recompute != "none" else 0
-    logits = model.padded_vocab_size / tensor * (act + 8)  # the logits, their probabilities and gradient in fp32
-    activations = tokens * (act * (kept * model.num_layers + working) + logits)
+    vocabulary = model.padded_vocab_size / tensor
+    head = act * tokens * vocabulary  # the logits, whose gradient takes their place
+    if model.fused_loss:  # a chunk of them, and the gradients of the head's weight, in fp32, and input
+        head = min(head, FUSED_LOSS_CHUNK) + 4 * vocabulary * h + act * tokens * h
+    activations = act * tokens * (kept * model.num_layers + working) + head
     host = tokens * act * (matmuls + cheap) * model.num_layers if recompute == "offload" else 0
     return {
         "states": states,

@@ -1,6 +1,7 @@
 """Which operators run in Triton, and what is said where they cannot; the interpreter's bf16; the model with kernels."""
 
 import logging
+import re
 import subprocess
 import sys
 from typing import get_args
@@ -44,6 +45,32 @@ def test_what_cannot_run_is_an_error_of_the_configuration(monkeypatch, setting, 
     with pytest.raises(ConfigError) as caught:
         use_kernels(setting, "cpu")
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        "rms_norm: weight is [7], and the others ask for [8]": lambda x: kernels.rms_norm(x, x[0, 0, :7]),
+        "rms_norm: residual is [1, 2, 8], ": lambda x: kernels.rms_norm(x, x[0, 0], residual=x[:1]),
+        "swiglu: up is [3, 1, 8], ": lambda x: kernels.swiglu(x, x[:, :1]),
+        "swiglu: gate is torch.float32, and up torch.bfloat16": lambda x: kernels.swiglu(x, x.bfloat16()),
+        "rope: k is [2, 2, 1, 8], ": lambda x: kernels.rope(
+            x.unsqueeze(2), x[:2].unsqueeze(2), x[:, :, :4], x[:, :, :4]
+        ),
+        "cross_entropy: targets is [2, 3], and the others ask for [3, 2]": lambda x: kernels.cross_entropy(
+            x, torch.zeros(2, 3, dtype=torch.int64)
+        ),
+        "linear_cross_entropy: targets is [6], ": lambda x: kernels.linear_cross_entropy(
+            x, x[0], torch.zeros(6, dtype=torch.int64)
+        ),
+    }.items(),
+    ids=lambda part: part.split(",")[0] if isinstance(part, str) else "",
+)
+def test_shapes_that_do_not_fit_are_refused(choice, message, call):
+    """Where torch would broadcast, a kernel would read what lies behind a tensor."""
+    with using(choice), pytest.raises(ValueError, match=re.escape(message)):
+        call(torch.randn(3, 2, 8))
 
 
 @pytest.mark.parametrize("op", dispatch.OPERATORS)

@@ -9,7 +9,8 @@ import torch
 from megalite.config import ModelConfig
 from megalite.config_check import check
 from megalite.config_loader import load_config
-from megalite.model.flops import count_parameters, flops_per_token, peak_tflops, predict_memory
+from megalite.kernels.linear_cross_entropy import _CHUNK_BYTES
+from megalite.model.flops import FUSED_LOSS_CHUNK, count_parameters, flops_per_token, peak_tflops, predict_memory
 from megalite.model.gpt import Stage
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -127,6 +128,23 @@ def test_states_by_hand():
     assert memory(zero_stage=2, offload=True)["states"] == (2 + 4 / 8) * n
 
 
+def test_the_head_by_hand():
+    """Of bf16 logits their gradient takes the place. Fused: 512 MiB of them, and the gradients of weight and input."""
+    tokens, vocabulary, h = 2 * 1024, 128256, 4096
+    fused = LLAMA_3_8B.model_copy(update={"fused_loss": True})
+    most, least = (
+        predict_memory(
+            model, zero_stage=1, offload=False, data_parallel=8, low_precision=True, micro_batch=16, sequence=1024,
+            recompute="none",
+        )["activations"]
+        for model in (LLAMA_3_8B, fused)
+    )  # fmt: skip
+    assert most - least == pytest.approx(
+        8 * tokens * vocabulary * 2 - (2**29 + 4 * vocabulary * h + 8 * tokens * h * 2), rel=1e-9
+    )
+    assert FUSED_LOSS_CHUNK == _CHUNK_BYTES
+
+
 def test_recomputation_keeps_less_and_more_tokens_keep_more():
     kept = [memory(recompute=mode)["activations"] for mode in ("none", "selective", "full")]
     assert kept[0] > kept[1] > kept[2] > 0
@@ -140,6 +158,8 @@ def test_recomputation_keeps_less_and_more_tokens_keep_more():
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA H100 NVL", 835.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA A10G", 70.0),
         ("NVIDIA L40S", 362.0),
