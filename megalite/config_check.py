@@ -226,7 +226,7 @@ def _context_problems(config: Config) -> list[str]:
     kv_heads = max(1, model.kv_heads // parallel.tensor)
     fits = [size for size in range(1, heads + 1) if heads % size == 0]
     fits = [size for size in fits if kv_heads % size == 0 or size % kv_heads == 0]
-    if parallel.context not in fits:
+    if fits and parallel.context not in fits:  # where tensor leaves a rank no head, that is said already
         problems.append(
             f"parallel.context = {parallel.context} does not divide the {heads} query and {kv_heads} key/value heads "
             f"of a rank, which it exchanges for positions; this model allows context {_choices(fits)}"

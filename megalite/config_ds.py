@@ -97,6 +97,16 @@ def _drop_auto(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# What divides or reduces among neighbouring ranks first, which hold other tensor-parallel parts: settings, and their
+# values when it is off.
+_NEIGHBOURS = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "mics_shard_size": -1,
+}
+
+
 def _unsafe(settings: dict[str, Any]) -> list[str]:
     """Settings under which the result is wrong, or that were never tested."""
     problems = []
@@ -114,6 +124,9 @@ def _unsafe(settings: dict[str, Any]) -> list[str]:
         problems.append("zero_optimization.round_robin_gradients: checkpoints would hold wrong weights; remove it")
     if zero.get("compute_grad_norm") is False:
         problems.append("zero_optimization.compute_grad_norm: clipping and metrics need the norm; remove it")
+    for key, off in _NEIGHBOURS.items():
+        if zero.get(key, off) != off:
+            problems.append(f"zero_optimization.{key}: got {json.dumps(zero[key])}, and is not supported; remove it")
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if old in zero:
             problems.append(f"zero_optimization.{old}: is deprecated; remove it (today's name is {new})")

@@ -71,7 +71,7 @@ class Link:
             self._sending.popleft()
         tensor = tensor.contiguous()
         group = self._group(direction, self.stage, stage)
-        # The tensor is kept until it has gone.
+        # The tensor is kept until it has gone. (gloo says so of none before `finish`.)
         self._sending.append((dist.isend(tensor, self.ranks[stage], group, tag), tensor))
 
     def receive(
@@ -90,7 +90,8 @@ class Link:
     def finish(self) -> None:
         """Wait until everything has been sent."""
         while self._sending:
-            self._sending.popleft()[0].wait()
+            self._sending[0][0].wait()
+            self._sending.popleft()
 
     def _group(self, direction: Direction, sender: int, receiver: int) -> dist.ProcessGroup:
         before, after = (sender, receiver) if direction == "forward" else (receiver, sender)

@@ -138,6 +138,8 @@ class Engine:
         self.adam = self.optimizer.optimizer if self.is_zero else self.optimizer
         if hasattr(self.optimizer, "_model_parallel_all_reduce"):  # not ZeRO-0, nor ZeRO-1 in bf16
             self._sum_norm_once()
+        if hasattr(self.optimizer, "get_grads_for_norm"):  # ZeRO-1 in bf16
+            self._allow_no_norm()
         # Of several chunks only that of the rank's last backward would have its gradients taken to the host.
         self.hands_over_late = self.offload and self.zero_stage > 1 and len(self.chunks) > 1
         self.awaited: dict[int, list[tuple[nn.Module, int]]] = {}  # see backward
@@ -165,6 +167,19 @@ class Engine:
             return [total] if self.zero_stage == 3 else total
 
         setattr(optimizer, name, norm)
+
+    def _allow_no_norm(self) -> None:
+        """Let a rank count no parameter: of a stage without blocks the second tensor-parallel rank has only replicas,
+        and the tied weight, which is counted elsewhere. DeepSpeed would stack an empty list."""
+        whole, nothing = self.optimizer.get_grads_for_norm, torch.zeros(1, device=self.device)
+
+        def gradients(for_clipping: bool = False):
+            if for_clipping:
+                return whole(for_clipping=True)
+            counted, of_experts = whole()
+            return counted or [nothing], of_experts
+
+        self.optimizer.get_grads_for_norm = gradients
 
     # One training step: begin_step, then backward per micro-batch, then step.
 

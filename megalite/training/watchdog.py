@@ -78,6 +78,7 @@ class Watchdog:
             self._alive = {os.pidfd_open(self._pids[rank]): rank for rank in self._near}
         self._seen: dict[int, State] = {}  # what those near, and rank 0, said last
         self._verdict: dict[str, Any] = {}
+        self._store_lost = False
         self._talker = threading.Thread(target=self._talk, name="watchdog talks", daemon=True)
         self._talker.start()
         threading.Thread(target=self._watch, name="watchdog watches", daemon=True).start()
@@ -129,7 +130,7 @@ class Watchdog:
         store, beat, deaths = self._store.clone(), 0, self._deaths()
         readers = sorted({0, *self._near} - {self.rank})
         keys = ["verdict", *(f"state {rank}" for rank in readers)]
-        with contextlib.suppress(RuntimeError):  # the store is gone, with who served it
+        try:
             while not self._over.wait(BEAT) and not deaths.poll(0):
                 beat += 1
                 state = replace(self._state, beat=beat, what=self._mark[1])
@@ -140,6 +141,8 @@ class Watchdog:
             if self._over.is_set():
                 state = replace(self._state, beat=-1, what="the end", call="the barrier at the end")
                 store.set(f"state {self.rank}", json.dumps(asdict(state)))
+        except RuntimeError:  # the store is gone, with who served it
+            self._store_lost = True
 
     # The thread that watches. It never waits for the store.
 
@@ -162,6 +165,8 @@ class Watchdog:
             dead = [self._alive.pop(descriptor) for descriptor in ended if deaths.unregister(descriptor) is None]
             if dead:
                 self._mourn(dead)
+            if self._store_lost and 0 not in self._pids and self._await_cause() and not self._over.is_set():
+                self._end(LINGER)
             if seconds >= self._limit and now >= again:
                 self._inquire()
                 again = time.monotonic() + max(SILENCE, self._limit / 10)

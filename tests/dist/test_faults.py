@@ -40,6 +40,7 @@ def raise_(error):
 
 FAULTS = {
     "kill": lambda topology: os.kill(os.getpid(), signal.SIGKILL),
+    "kill, others compute": lambda topology: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda topology: os.kill(os.getpid(), signal.SIGSTOP),
     "loop": lambda topology: endless_loop(),
     "native": lambda topology: ctypes.PyDLL(None).sleep(1000),  # holds the interpreter's lock
@@ -73,6 +74,8 @@ def main():
             elif step == 3 and fault == "together":
                 time.sleep(topology.rank)  # one has more to clear up
                 raise UserError("the loss is nan").everywhere()
+            elif step == 3 and fault == "kill, others compute" and topology.rank != who:
+                time.sleep(1000)
             elif step == 3 and topology.rank == who:
                 FAULTS[fault](topology)
             watching.at(f"step {step}, optimizer")
@@ -167,10 +170,10 @@ def test_waiting_for_each_other(tmp_path):
     assert "rank 1 waits in barrier (control group) for rank 0" in line
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_killed_on_another_machine(tmp_path, who):
-    """Its process cannot be seen, but it says nothing more; rank 0 takes the store with it."""
-    codes, errors = start(tmp_path, "kill", str(who), "30", "far")
+@pytest.mark.parametrize(("fault", "who"), [("kill", 0), ("kill", 1), ("kill, others compute", 0)])
+def test_killed_on_another_machine(tmp_path, fault, who):
+    """Its process cannot be seen, but it says nothing more; rank 0 takes the store with it, which shows at once."""
+    codes, errors = start(tmp_path, fault, str(who), "300", "far")
     other = 1 - who
     assert codes[other] == 70
     line = one_error(errors[other])

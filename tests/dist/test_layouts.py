@@ -44,6 +44,16 @@ def test_a_layout_equals_one_rank(job, one_rank, case):
     assert_same_state(job, name, "one-shared" if shared else "one", 10 * RELATIVE)
 
 
+def test_a_stage_without_blocks(job):
+    """Of whose tensor-parallel ranks the second counts nothing in the gradient's norm. bf16 rounds at 2^-9."""
+    arguments = ("--precision", "bf16", "--zero", "1", "--max-steps", "3")
+    one = job.train("one-bf16", *arguments)
+    split = job.train("bare", *arguments, *TP2, *PP2, "--parallel.layers", "2", "0", launcher="torchrun", ranks=4)
+    for ours, theirs in zip(split, one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+
+
 def test_killed_and_resumed_in_the_same_layout_to_the_bit(job):
     arguments = (*MODEL, *TP2, *PP2, "--zero", "3", "--save-every", "4", "--dropout", "0.1")
     whole = job.train("whole", *arguments, launcher="torchrun", ranks=4)

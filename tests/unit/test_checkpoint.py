@@ -248,7 +248,7 @@ def run(tmp_path, tokenizer_dir):
 
 
 def config_for(folder, **checkpoint):
-    return Config(model=MODEL, checkpoint=CheckpointConfig(output_dir=str(folder), **checkpoint))
+    return Config(model=MODEL.model_copy(), checkpoint=CheckpointConfig(output_dir=str(folder), **checkpoint))
 
 
 def flip(path):

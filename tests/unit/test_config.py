@@ -189,6 +189,12 @@ def test_illegal_combination_is_refused_in_one_line(settings, message):
     assert str(caught.value) == message
 
 
+def test_context_with_more_tensor_ranks_than_heads():
+    with pytest.raises(ConfigError, match=r"num_heads = 12 is not divisible by parallel.tensor = 24") as caught:
+        check(make({"parallel.tensor": 24, "parallel.context": 2}))
+    assert "parallel.context" not in str(caught.value)
+
+
 def test_all_illegal_combinations_are_reported():
     with pytest.raises(ConfigError) as caught:
         check(make({"parallel.tensor": 5, "data.train_files": [], "training.max_steps": None}))

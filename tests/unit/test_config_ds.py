@@ -98,6 +98,14 @@ ZERO = "x.json: zero_optimization"
         ({"zero_optimization": {"stage": True}}, f"{ZERO}.stage: got true, wants 0 | 1 | 2 | 3"),
         ({"zero_optimization": {"stage": "3"}}, f'{ZERO}.stage: got "3", wants 0 | 1 | 2 | 3'),
         (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            f"{ZERO}.zero_hpz_partition_size: got 2, and is not supported; remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            f"{ZERO}.zero_quantized_gradients: got true, and is not supported; remove it",
+        ),
+        (
             {"zero_optimization": {"round_robin_gradients": True}},
             f"{ZERO}.round_robin_gradients: checkpoints would hold wrong weights; remove it",
         ),
@@ -159,6 +167,8 @@ def test_harmless_settings_pass(write):
         "zero_optimization": {
             "stage": 3,
             "round_robin_gradients": False,
+            "zero_hpz_partition_size": 1,
+            "mics_shard_size": -1,
             "offload_param": {"device": "none"},
             "offload_optimizer": {"device": "cpu"},
         },
