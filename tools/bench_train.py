@@ -18,7 +18,6 @@ CPU seconds.
 import argparse
 import itertools
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -109,16 +108,7 @@ def take_turns(options: argparse.Namespace, rest: list[str], data: Path) -> dict
         for side in sides:
             command = [sys.executable, __file__, *sys.argv[1:], "--row", side, "--tokens", str(data)]
             errors = None if options.profile else subprocess.PIPE
-            # The Trainer would take all GPUs, and as many batches.
-            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-            done = subprocess.run(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                timeout=RUN_SECONDS,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=RUN_SECONDS)
             *printed, last = done.stdout.splitlines() or [""]
             if done.returncode:
                 why = ((done.stderr or "").strip().splitlines() or ["it printed nothing"])[-1]
@@ -364,6 +354,8 @@ def run_hf(options: argparse.Namespace, config: Config) -> dict[str, Any]:
             disable_tqdm=True,
             seed=training.seed,
         )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # it would take all there are, and as many batches
         Trainer(model=llama, args=arguments, train_dataset=Samples(), callbacks=[Clock()]).train()
     ends = ends[options.warmup - 1 :] if options.warmup else ends
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -24,7 +24,7 @@ CONFIG = """
 model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, intermediate_size: 96,
         n_positions: 32}
 data: {block_size: 32}
-training: {precision: fp32, per_device_train_batch_size: 2, global_batch_size: 8, max_steps: 10, learning_rate: 0.01,
+training: {precision: fp32, per_device_train_batch_size: 2, global_batch_size: 8, max_steps: 10, learning_rate: 0.005,
            warmup_steps: 3, eval_sequences: 10}
 logging: {tensorboard: false, log_every: 1}
 """
@@ -137,8 +137,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     root = tmp_path_factory.mktemp("job")
-    # Of a pinned package: the standard library's text, and with it every loss, differs from one Python to the next. By
-    # method, as on other cuts of it training meets steps that magnify rounding to 1e-5.
+    # Of a pinned package: the standard library's text, and with it every loss, differs from one Python to the next.
     sources = [Path(yaml.__file__).parent / f"{name}.py" for name in ("constructor", "emitter", "parser", "scanner")]
     documents = [part for source in sources for part in source.read_text().split("\n    def ") if part.strip()]
     text = root / "text.jsonl"

@@ -18,7 +18,7 @@ def one_rank(job) -> list[dict]:
 def test_two_ranks_equal_one(job, one_rank):
     # Each of the 5 iterations multiplies the rounding of small singular values by up to 3.4.
     assert_same_curve(job.train("muon-two", *MUON, launcher="deepspeed", ranks=2), one_rank, 10 * RELATIVE)
-    assert one_rank[-1]["eval_loss"] < one_rank[0]["loss"] - 0.2
+    assert one_rank[-1]["eval_loss"] < one_rank[0]["loss"] - 0.1
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(job, one_rank):

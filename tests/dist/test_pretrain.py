@@ -22,7 +22,8 @@ from tests.unit.test_dataset import make_source
 pytestmark = pytest.mark.dist
 
 DS_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload")
-# fp32 sums in another order: 10 steps at lr 0.01 were seen to differ by 1e-7; the bound is 1e-5.
+# fp32 sums in another order: 30 steps at lr 0.005 were seen to differ by 8e-7, and by 3e-4 at 0.01, where single steps
+# magnify rounding; the bound is 1e-5.
 RELATIVE = 1e-5
 
 
@@ -53,7 +54,7 @@ def one_rank(job) -> list[dict]:
 
 def test_one_rank_learns(one_rank):
     assert one_rank[0]["loss"] == pytest.approx(math.log(512), rel=0.02)  # untrained: all tokens alike
-    assert one_rank[-1]["eval_loss"] < one_rank[0]["loss"] - 0.4
+    assert one_rank[-1]["eval_loss"] < one_rank[0]["loss"] - 0.3
     assert one_rank[-1]["tokens"] == 10 * 8 * 32
 
 
@@ -261,7 +262,7 @@ def test_text_epochs_and_keep_last(job):
 
 def test_run_folder_says_what_ran(job, one_rank):
     folder = job.root / "one-rank"
-    assert "learning_rate: 0.01" in (folder / "config.yaml").read_text()
+    assert "learning_rate: 0.005" in (folder / "config.yaml").read_text()
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 1
     keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "tflops", "mfu"}
     assert keys | {"memory_bytes", "step_seconds", "data_seconds", "epoch"} <= set(one_rank[0])
