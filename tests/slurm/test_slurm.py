@@ -75,13 +75,15 @@ def test_a_mistake_ends_the_job_with_one_line_a_rank(cluster, job, tmp_path):
 
 
 MEET = """
-import os, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from megalite.topology import LaunchEnvironment
 here = LaunchEnvironment.read()
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
 print(here.rank, here.local_rank, here.world_size, os.environ["MASTER_ADDR"], os.uname().nodename, int(total))
+sys.stdout.flush()
+os._exit(0)  # as pretrain.py: process groups' threads were seen to abort an interpreter that ends
 """
 
 

@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -282,6 +283,29 @@ def test_a_killed_worker_ends_the_run(tokenizer_dir, monkeypatch):
     killer.join()
     assert files_in() in ([], ["x.building"])
     assert multiprocessing.active_children() == []
+
+
+INTERRUPTED_WHILE_STARTING = """
+import signal, threading, time
+from megalite.data.children import deaf_to_interrupts
+other = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+other.start()
+try:
+    with deaf_to_interrupts():
+        signal.pthread_kill(other.ident, signal.SIGINT)
+        time.sleep(0.2)
+        print("started")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_waits_until_workers_have_started():
+    """It may be another thread, which does not block it, that hears it."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_STARTING], preexec_fn=interruptible, capture_output=True
+    )
+    assert done.stdout.split() == [b"started", b"interrupted"]
 
 
 @pytest.mark.parametrize("tasks", [0, 1])  # while the workers start, and when they are at it
